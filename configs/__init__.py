@@ -1,0 +1,1 @@
+"""Configurations: defaults, validation and one file per published or example experiment."""

@@ -1,0 +1,98 @@
+"""What the experiments of one SDE, or of one architecture, have in common.
+
+Each function changes the config it is given and returns it, so that a config file reads as a
+sentence: ``vp(ddpmpp(get_default_configs()))``.
+"""
+
+import ml_collections
+
+from configs import defaults
+
+ConfigDict = ml_collections.ConfigDict
+
+
+def published() -> ConfigDict:
+    """Return the defaults plus the keys that score_sde ships and never reads."""
+    config = on_best_device(defaults.get_default_configs())
+    config.model.update(attention_type="ddpm", conv_size=3)
+    return config
+
+
+def on_best_device(config: ConfigDict) -> ConfigDict:
+    """Replace a device of 'auto' by the first GPU, or by the CPU where there is none."""
+    if config.device == "auto":
+        import torch
+
+        config.device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    return config
+
+
+def ncsnpp(config: ConfigDict) -> ConfigDict:
+    """NCSN++: FIR resampling and a residual input pyramid."""
+    config.model.update(name="ncsnpp", fir=True, progressive_input="residual")
+    return config
+
+
+def ddpmpp(config: ConfigDict) -> ConfigDict:
+    """DDPM++: NCSN++ without FIR resampling and without the input pyramid."""
+    ncsnpp(config).model.update(fir=False, progressive_input="none")
+    return config
+
+
+def ve(config: ConfigDict) -> ConfigDict:
+    """The VE SDE on data in [0, 1]: Fourier features, predictor and Langevin corrector."""
+    config.training.update(sde="vesde", continuous=True, reduce_mean=False)
+    config.sampling.update(method="pc", predictor="reverse_diffusion", corrector="langevin")
+    config.data.centered = False
+    config.model.update(scale_by_sigma=True, ema_rate=0.999, embedding_type="fourier")
+    return config
+
+
+def vp(config: ConfigDict) -> ConfigDict:
+    """The VP SDE on data in [-1, 1]: positional embedding, predictor only."""
+    config.training.update(sde="vpsde", continuous=True, reduce_mean=True)
+    config.sampling.update(method="pc", predictor="euler_maruyama", corrector="none")
+    config.data.centered = True
+    config.model.update(scale_by_sigma=False, ema_rate=0.9999, embedding_type="positional")
+    return config
+
+
+def subvp(config: ConfigDict) -> ConfigDict:
+    """The sub-VP SDE: the settings of the VP SDE."""
+    vp(config).training.sde = "subvpsde"
+    return config
+
+
+def deep(config: ConfigDict) -> ConfigDict:
+    """The deep variant: twice the residual blocks, fewer iterations."""
+    config.model.num_res_blocks = 8
+    config.training.n_iters = 950001
+    return config
+
+
+def ncsnpp_256(config: ConfigDict) -> ConfigDict:
+    """NCSN++ with VE at 256 x 256 pixels: seven resolutions, skip pyramids on both sides."""
+    ve(ncsnpp(config)).model.update(
+        num_res_blocks=2,
+        ch_mult=(1, 1, 2, 2, 2, 2, 2),
+        progressive="output_skip",
+        progressive_input="input_skip",
+    )
+    return config
+
+
+def ncsnpp_1024(config: ConfigDict) -> ConfigDict:
+    """NCSN++ with VE at 1024 x 1024 pixels: eight resolutions and a batch of 8."""
+    ncsnpp_256(config).model.update(
+        nf=16,
+        ch_mult=(1, 2, 4, 8, 16, 32, 32, 32),
+        num_res_blocks=1,
+        sigma_max=1348.0,
+        ema_rate=0.9999,
+    )
+    config.data.image_size = 1024
+    config.training.batch_size = 8
+    config.sampling.snr = 0.15
+    config.eval.update(batch_size=1024, begin_ckpt=1)
+    config.optim.amsgrad = False  # published and never read
+    return config

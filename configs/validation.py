@@ -1,0 +1,248 @@
+"""Fill in, check and normalise a configuration that may come from anywhere."""
+
+import argparse
+import difflib
+import math
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import ml_collections
+
+from configs import defaults, families
+
+# Other names of a key. One that is given wins: its key may hold no more than a default.
+ALIASES = {
+    "eval.dataset": "eval.bpd_dataset",
+    "training.continuouse": "training.continuous",
+}
+
+# Keys that score_sde ships and never reads, with their only published value.
+NEVER_READ = {
+    "model.attention_type": "ddpm",
+    "model.conv_size": 3,
+    "model.interpolation": "bilinear",
+    "model.sigma_begin": 90,
+    "optim.amsgrad": False,
+    "training.loss": "vesde",
+}
+
+SAMPLING_METHODS = ("pc", "ode", "dpm_solver_adaptive", "gotta_go_fast")
+
+_Range = tuple[str, Callable[[Any], bool]]
+_AT_LEAST_1: _Range = ("a number >= 1", lambda v: v >= 1)
+_AT_LEAST_0: _Range = ("a number >= 0", lambda v: v >= 0)
+_POSITIVE: _Range = ("a number > 0", lambda v: v > 0)
+_BELOW_1: _Range = ("a number in [0, 1)", lambda v: 0 <= v < 1)
+_CHECKPOINT: _Range = ("a checkpoint number, or -1 for the newest", lambda v: v >= -1)
+_NAME: _Range = ("a name", bool)
+
+_RANGES: dict[str, _Range] = {
+    "seed": _AT_LEAST_0,
+    "training.sde": _NAME,
+    "training.batch_size": _AT_LEAST_1,
+    "training.n_iters": _AT_LEAST_1,
+    "training.snapshot_freq": _AT_LEAST_1,
+    "training.log_freq": _AT_LEAST_1,
+    "training.eval_freq": _AT_LEAST_1,
+    "training.snapshot_freq_for_preemption": _AT_LEAST_1,
+    "training.num_snapshot_samples": _AT_LEAST_0,
+    "training.eps": _POSITIVE,
+    "training.max_nonfinite": _AT_LEAST_0,
+    "sampling.method": (
+        f"one of {', '.join(SAMPLING_METHODS)}",
+        lambda v: v.lower() in SAMPLING_METHODS,
+    ),
+    "sampling.n_steps_each": _AT_LEAST_0,
+    "sampling.snr": _AT_LEAST_0,
+    "sampling.steps": _AT_LEAST_0,
+    "sampling.eps": _AT_LEAST_0,
+    "eval.begin_ckpt": _CHECKPOINT,
+    "eval.end_ckpt": _CHECKPOINT,
+    "eval.batch_size": _AT_LEAST_1,
+    "eval.num_samples": _AT_LEAST_1,
+    "eval.bpd_dataset": ("'train' or 'test'", lambda v: v.lower() in ("train", "test")),
+    "eval.bpd_repeats": _AT_LEAST_0,
+    "eval.bpd_num_images": _AT_LEAST_0,
+    "eval.rtol": _POSITIVE,
+    "eval.atol": _POSITIVE,
+    "data.eval_fraction": ("a number in (0, 1)", lambda v: 0 < v < 1),
+    "data.image_size": _AT_LEAST_1,
+    "data.num_channels": _AT_LEAST_1,
+    "data.levels": ("an integer in 2 ... 256", lambda v: 2 <= v <= 256),
+    "model.name": _NAME,
+    "model.sigma_min": _POSITIVE,
+    "model.sigma_max": _POSITIVE,
+    "model.beta_min": _AT_LEAST_0,
+    "model.beta_max": _POSITIVE,
+    "model.num_scales": _AT_LEAST_1,
+    "model.ema_rate": _BELOW_1,
+    "model.dropout": _BELOW_1,
+    "model.nf": _AT_LEAST_1,
+    "model.ch_mult": ("one or more integers >= 1", lambda v: v and min(v) >= 1),
+    "model.num_res_blocks": _AT_LEAST_1,
+    "model.attn_resolutions": ("integers >= 1", lambda v: all(r >= 1 for r in v)),
+    "model.fir_kernel": ("numbers of non-zero sum", lambda v: sum(v) != 0),
+    "model.init_scale": _AT_LEAST_0,
+    "optim.optimizer": _NAME,
+    "optim.lr": _POSITIVE,
+    "optim.beta1": _BELOW_1,
+    "optim.eps": _POSITIVE,
+    "optim.weight_decay": _AT_LEAST_0,
+    "optim.warmup": _AT_LEAST_0,
+}
+
+
+def complete(config: Any) -> ml_collections.ConfigDict:
+    """Return a new ConfigDict with every known key, checked; the input is left as it is.
+
+    ``config`` is a ConfigDict, a mapping or a namespace, with sections of any of these kinds and
+    any of the known keys. A key that is missing or None takes its default, which is that of the
+    VP family where ``training.sde`` is 'vpsde' or 'subvpsde' and of the VE family elsewhere. The
+    keys of ``ALIASES`` stand for others. Those of ``NEVER_READ`` are accepted with their published
+    value. ``device`` becomes a torch.device. Completing twice changes nothing.
+
+    Raises ValueError for an unknown key (naming the nearest one), for a value of the wrong type or
+    out of range, and for a never-read key that asks for something else than what is published.
+    """
+    given = _resolve_aliases(dict(flatten(config)))
+    result = _defaults_for(given)
+    known = dict(flatten(result))
+    for key, value in given.items():
+        if key in NEVER_READ:
+            _check_never_read(key, value)
+        elif key in known:
+            value = _cast(key, value, known[key])
+        else:
+            raise ValueError(_unknown(key, list(known)))
+        _assign(result, key, value)
+    _check_ranges(dict(flatten(result)), known)
+    return result
+
+
+def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each leaf of a nested configuration as (dotted key, value); None counts as absent."""
+    if isinstance(config, types.SimpleNamespace | argparse.Namespace):
+        config = vars(config)
+    if isinstance(config, ml_collections.ConfigDict | Mapping):
+        for name, value in config.items():
+            yield from flatten(value, f"{prefix}.{name}" if prefix else str(name))
+    elif not prefix:
+        raise ValueError(
+            f"a configuration is a ConfigDict, a dict or a namespace, got {type(config).__name__}; "
+            "pass what get_config() returns"
+        )
+    elif config is not None:
+        yield prefix, config
+
+
+def _resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
+    for alias, key in ALIASES.items():
+        if alias in given and (value := given.pop(alias)) != "":
+            given[key] = value
+    return given
+
+
+def _defaults_for(given: dict[str, Any]) -> ml_collections.ConfigDict:
+    config = defaults.get_default_configs()
+    if given.get("training.sde") in ("vpsde", "subvpsde"):
+        config = families.vp(config)
+    # Given devices are cast to a torch.device; the default becomes one here.
+    return config if "device" in given else families.on_best_device(config)
+
+
+def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+    *sections, name = key.split(".")
+    for section in sections:
+        config = config[section]
+    config[name] = value
+
+
+def _unknown(key: str, known: list[str]) -> str:
+    if any(name.startswith(f"{key}.") for name in known):
+        return f"config.{key}: expected a section of keys, got a value; write config.{key}.<name>"
+
+    def likeness(name: str) -> float:
+        def ratio(a: str, b: str) -> float:
+            return difflib.SequenceMatcher(None, a, b).ratio()
+
+        return ratio(key, name) + ratio(key.split(".")[-1], name.split(".")[-1])
+
+    nearest = max(known, key=likeness)
+    return (
+        f"config.{key}: expected a known key, got one that nothing reads; "
+        f"did you mean config.{nearest}? (all keys: configs/defaults.py)"
+    )
+
+
+def _check_never_read(key: str, value: Any) -> None:
+    published = NEVER_READ[key]
+    if value != published:
+        raise ValueError(
+            f"config.{key}: expected {published!r}, the only value that score_sde publishes and "
+            f"the only behaviour there is, got {value!r}; remove the key"
+        )
+
+
+def _cast(key: str, value: Any, default: Any) -> Any:
+    """Return the value with the type of the default, or raise ValueError."""
+    if key == "device":
+        return _as_device(value)
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()  # a NumPy or torch scalar
+    kind = type(default)
+    if kind is tuple:
+        number = int | float if key == "model.fir_kernel" else int
+        fits = isinstance(value, list | tuple) and all(
+            isinstance(v, number) and not isinstance(v, bool) for v in value
+        )
+        expected = "a tuple of numbers" if key == "model.fir_kernel" else "a tuple of integers"
+    elif kind is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = fits and math.isfinite(value)
+        expected = "a finite number"
+    else:
+        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+        expected = {bool: "True or False", int: "an integer", str: "a string"}[kind]
+    if not fits:
+        raise ValueError(
+            f"config.{key}: expected {expected}, got {value!r} of type {type(value).__name__}; "
+            f"the default is {default!r}"
+        )
+    return kind(value)
+
+
+def _as_device(value: Any) -> Any:
+    import torch
+
+    if value == "auto":
+        value = "cuda:0" if torch.cuda.is_available() else "cpu"
+    if isinstance(value, str | torch.device):
+        try:
+            return torch.device(value)
+        except RuntimeError:
+            pass
+    raise ValueError(
+        f"config.device: expected 'auto', a device name or a torch.device, got {value!r}; "
+        "use 'cpu' or 'cuda:0'"
+    )
+
+
+def _check_ranges(config: dict[str, Any], known: dict[str, Any]) -> None:
+    for key, (expected, holds) in _RANGES.items():
+        if not holds(config[key]):
+            raise ValueError(
+                f"config.{key}: expected {expected}, got {config[key]!r}; "
+                f"the default is {known[key]!r}"
+            )
+    ordered = [("model.beta_min", "model.beta_max")]
+    if config["training.sde"].lower() == "vesde":
+        ordered.append(("model.sigma_min", "model.sigma_max"))
+    if min(config["eval.begin_ckpt"], config["eval.end_ckpt"]) >= 0:
+        ordered.append(("eval.begin_ckpt", "eval.end_ckpt"))
+    for low, high in ordered:
+        if config[low] > config[high]:
+            raise ValueError(
+                f"expected config.{low} <= config.{high}, got {config[low]!r} and "
+                f"{config[high]!r}; the defaults are {known[low]!r} and {known[high]!r}"
+            )

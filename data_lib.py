@@ -1,0 +1,398 @@
+"""Image sets, their batches, and the way from 8-bit pixels to what a network sees.
+
+An image set holds integers x in 0 ... levels - 1. `prepare` turns a batch of them into floats on
+the device: x / (levels - 1), or (x + u) / levels with u uniform in [0, 1) where the images are
+dequantised, then the scaler of the configuration.
+"""
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data_lib_files import ImageFiles, list_images, split_images
+
+IN_MEMORY_BYTES = 2 * 2**30
+DIGITS_HELD_OUT = 300
+CROP_CELEBA = 140
+
+Scaler = Callable[[Any], Any]
+
+
+class Batch(NamedTuple):
+    """Images of shape (b, C, H, W), uint8, and labels of shape (b,), int64, or None."""
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def get_data_scaler(config) -> Scaler:
+    """Return the map from [0, 1] to the network's range: [-1, 1] if ``data.centered``."""
+    if config.data.centered:
+        return lambda x: x * 2.0 - 1.0
+    return lambda x: x
+
+
+def get_data_inverse_scaler(config) -> Scaler:
+    """Return the inverse of ``get_data_scaler``."""
+    if config.data.centered:
+        return lambda x: (x + 1.0) / 2.0
+    return lambda x: x
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of equally sized images of integer levels, in memory or decoded when taken.
+
+    ``images`` is a uint8 tensor of shape (n, C, H, W), or None where the images are read from
+    ``files``; ``labels`` is int64 of shape (n,), or None; ``levels`` counts the possible values.
+    """
+
+    name: str
+    images: torch.Tensor | None
+    labels: torch.Tensor | None = None
+    levels: int = 256
+    files: ImageFiles | None = None
+
+    def __post_init__(self):
+        if (self.images is None) == (self.files is None):
+            raise ValueError(f"{self.name}: expected either images or files; pass one of them")
+        if self.images is not None and (
+            self.images.ndim != 4 or self.images.dtype != torch.uint8 or not len(self.images)
+        ):
+            raise ValueError(
+                f"{self.name}: expected a non-empty uint8 tensor of shape (n, C, H, W), got "
+                f"{self.images.dtype} of shape {tuple(self.images.shape)}; convert it"
+            )
+
+    def __len__(self) -> int:
+        return len(self.files) if self.images is None else len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape (C, H, W) of one image."""
+        if self.images is None:
+            assert self.files is not None
+            return self.files.shape
+        return tuple(self.images.shape[1:])
+
+    def take(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
+        """Return the images at ``indices``, in that order: uint8 of shape (b, C, H, W)."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        if self.images is not None:
+            return self.images[indices]
+        assert self.files is not None
+        return self.files.read(indices.tolist())
+
+    def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
+        """Return the images and the labels at ``indices``."""
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        return Batch(self.take(indices), None if self.labels is None else self.labels[indices])
+
+
+# Batches
+
+
+def train_batches(
+    image_set: ImageSet, batch_size: int, seed: int, start_step: int = 0
+) -> Iterator[Batch]:
+    """Yield shuffled batches of ``batch_size`` for ever.
+
+    The batch of a step depends on (``seed``, step) alone, so that a run resumed at ``start_step``
+    sees what it would have seen. Every epoch is one permutation of the set; a batch may cross the
+    border of two epochs and may be larger than the set.
+    """
+    n = len(image_set)
+    _check_batch_size(batch_size)
+    permutations: dict[int, np.ndarray] = {}
+
+    def permutation(epoch: int) -> np.ndarray:
+        if epoch not in permutations:
+            permutations.clear()
+            permutations[epoch] = np.random.default_rng((seed, epoch)).permutation(n)
+        return permutations[epoch]
+
+    def load(step: int) -> Batch:
+        indices: list[np.ndarray] = []
+        position, end = step * batch_size, (step + 1) * batch_size
+        while position < end:
+            epoch, first = divmod(position, n)
+            indices.append(permutation(epoch)[first : first + end - position])
+            position += len(indices[-1])
+        return image_set.batch(np.concatenate(indices))
+
+    return _read_ahead(image_set, load, itertools.count(start_step))
+
+
+def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[Batch]:
+    """Yield every image exactly once, in order; the last batch may be smaller."""
+    n = len(image_set)
+    _check_batch_size(batch_size)
+
+    def load(start: int) -> Batch:
+        return image_set.batch(torch.arange(start, min(start + batch_size, n)))
+
+    return _read_ahead(image_set, load, iter(range(0, n, batch_size)))
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"expected a batch size >= 1, got {batch_size}; use 128")
+
+
+def _read_ahead(
+    image_set: ImageSet, load: Callable[[int], Batch], steps: Iterator[int], depth: int = 2
+) -> Iterator[Batch]:
+    """Yield load(step) for each step; a thread decodes files ``depth`` batches ahead."""
+    if image_set.images is not None:
+        yield from map(load, steps)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        pending = deque(pool.submit(load, step) for step in itertools.islice(steps, depth))
+        while pending:
+            batch = pending.popleft().result()
+            pending.extend(pool.submit(load, step) for step in itertools.islice(steps, 1))
+            yield batch
+
+
+def prepare(
+    images: torch.Tensor,
+    config,
+    device: torch.device | str | None = None,
+    *,
+    flip: bool = False,
+    dequantize: bool = False,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Return a uint8 batch (b, C, H, W) as the network's float32 input on ``device``.
+
+    ``flip`` mirrors each image left-right with probability 1/2. With L = ``config.data.levels``,
+    x becomes x / (L - 1) in [0, 1], or (x + u) / L in [0, 1) with u ~ U[0, 1) if ``dequantize``;
+    then ``get_data_scaler(config)`` applies. ``generator`` draws the flips, then u, on its own
+    device, so that a CPU generator gives the same batch on every device.
+
+    Raises ValueError where the images are not uint8 of four dimensions.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4:
+        raise ValueError(
+            f"expected uint8 images of shape (b, C, H, W), got {images.dtype} of shape "
+            f"{tuple(images.shape)}; pass what an ImageSet yields"
+        )
+    device = images.device if device is None else torch.device(device)
+    levels = config.data.levels
+    x = images.to(device, non_blocking=True)
+    if flip:
+        mirrored = _rand((len(x),), device, generator) < 0.5
+        x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
+    x = x.float()
+    if dequantize:
+        # In float32 x + u may round up to x + 1, which is another level.
+        noisy = x + _rand(tuple(x.shape), device, generator)
+        x = torch.minimum(noisy, torch.nextafter(x + 1, x)) / levels
+    else:
+        x = x / (levels - 1)
+    return get_data_scaler(config)(x)
+
+
+def _rand(
+    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
+) -> torch.Tensor:
+    drawn_on = device if generator is None else generator.device
+    return torch.rand(shape, device=drawn_on, generator=generator).to(device)
+
+
+# Image sets
+
+
+def get_image_sets(config) -> tuple[ImageSet, ImageSet]:
+    """Return the training and the evaluation set that ``config.data`` names.
+
+    Images have ``data.num_channels`` channels and ``data.image_size`` pixels a side; others are
+    converted, and resized with antialiasing. Which images are held out never depends on the seed.
+
+    Raises FileNotFoundError where the data are missing, at once and without a download unless
+    ``data.download`` is set, and ValueError for a name, or a number of levels or channels, that
+    the data do not have.
+    """
+    loaders = {
+        "digits": _digits,
+        "mnist": _torchvision,
+        "fashionmnist": _torchvision,
+        "cifar10": _torchvision,
+        "svhn": _torchvision,
+        "folder": _folder,
+        "celeba": _celeba,
+        "lsun": _folder,
+        "ffhq": _folder,
+        "celebahq": _folder,
+    }
+    data = config.data
+    if data.dataset.lower() not in loaders:
+        raise ValueError(
+            f"config.data.dataset: expected one of {', '.join(loaders)}, got {data.dataset!r}; "
+            "use 'folder' with config.data.path for images of your own"
+        )
+    if data.num_channels not in (1, 3):
+        raise ValueError(
+            f"config.data.num_channels: expected 1 (grey) or 3 (colour), got {data.num_channels}"
+        )
+    levels = 17 if data.dataset.lower() == "digits" else 256
+    if data.levels != levels:
+        raise ValueError(
+            f"config.data.levels: expected {levels}, the levels of {data.dataset}, got "
+            f"{data.levels}; use --config.data.levels={levels}"
+        )
+    return loaders[data.dataset.lower()](data)
+
+
+def _digits(data) -> tuple[ImageSet, ImageSet]:
+    """scikit-learn's 1797 digits, 8 x 8 and 17 levels; 300 of them are held out."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
+    labels = torch.from_numpy(bunch.target.astype(np.int64))
+    # RandomState: its stream is frozen, so the held-out digits stay the same for ever.
+    order = torch.from_numpy(np.random.RandomState(0).permutation(len(images)))
+    held_out, rest = order[:DIGITS_HELD_OUT].sort()[0], order[DIGITS_HELD_OUT:].sort()[0]
+
+    def part(name: str, indices: torch.Tensor) -> ImageSet:
+        return _in_memory(f"digits/{name}", images[indices], labels[indices], data)
+
+    return part("train", rest), part("held-out", held_out)
+
+
+# Files, one of which must be there, relative to data.root; to know without importing torchvision.
+_TORCHVISION_FILES = {
+    "MNIST": "MNIST/raw/train-images-idx3-ubyte",
+    "FashionMNIST": "FashionMNIST/raw/train-images-idx3-ubyte",
+    "CIFAR10": "cifar-10-batches-py/data_batch_1",
+    "SVHN": "train_32x32.mat",
+}
+
+
+def _torchvision(data) -> tuple[ImageSet, ImageSet]:
+    name = {key.lower(): key for key in _TORCHVISION_FILES}[data.dataset.lower()]
+    root = Path(data.root).expanduser()
+    if not data.download and not (root / _TORCHVISION_FILES[name]).exists():
+        raise _missing(name, root / _TORCHVISION_FILES[name])
+    import torchvision.datasets
+
+    def part(split: str) -> ImageSet:
+        which = {"split": split} if name == "SVHN" else {"train": split == "train"}
+        try:
+            source = getattr(torchvision.datasets, name)(root, download=data.download, **which)
+        except (OSError, RuntimeError) as error:
+            raise _missing(name, root / _TORCHVISION_FILES[name], str(error)) from error
+        images = torch.as_tensor(source.data)
+        if images.ndim == 3:
+            images = images.unsqueeze(1)
+        elif name == "CIFAR10":
+            images = images.permute(0, 3, 1, 2)
+        labels = torch.as_tensor(source.labels if name == "SVHN" else source.targets)
+        return _in_memory(f"{name}/{split}", images, labels.long(), data)
+
+    return part("train"), part("test")
+
+
+def _missing(name: str, path: Path, reason: str = "") -> FileNotFoundError:
+    return FileNotFoundError(
+        f"{name}: expected {path}, {f'got: {reason}' if reason else 'which does not exist'}; "
+        "set --config.data.root to the folder that holds it, --config.data.download=True to "
+        "download it, or --config.data.dataset=folder with --config.data.path for images of "
+        "your own"
+    )
+
+
+def _in_memory(name: str, images: torch.Tensor, labels: torch.Tensor | None, data) -> ImageSet:
+    images = resize(to_channels(images, data.num_channels), data.image_size, data.levels)
+    return ImageSet(name, images.contiguous(), labels, data.levels)
+
+
+def to_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """Return uint8 images (n, 1 or 3, H, W) as grey (1 channel) or colour (3 channels)."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601, as Pillow's 'L'
+    return torch.cat([(part * luma).sum(1, True).round().byte() for part in images.split(4096)])
+
+
+def resize(images: torch.Tensor, size: int, levels: int = 256) -> torch.Tensor:
+    """Return uint8 images (n, C, H, W) at size x size, antialiased, on the same integer levels."""
+    if tuple(images.shape[2:]) == (size, size):
+        return images
+
+    def resized(part: torch.Tensor) -> torch.Tensor:
+        x = F.interpolate(part.float(), (size, size), mode="bicubic", antialias=True)
+        return x.round().clamp(0, levels - 1).byte()
+
+    return torch.cat([resized(part) for part in images.split(4096)])
+
+
+def _folder(data) -> tuple[ImageSet, ImageSet]:
+    if not data.path:
+        raise FileNotFoundError(_how_to_point_at_a_folder(data))
+    path = Path(data.path).expanduser()
+    if data.dataset.lower() == "lsun" and data.category and (path / data.category).is_dir():
+        path = path / data.category
+    eval_path = Path(data.eval_path).expanduser() if data.eval_path else None
+    train, held_out = split_images(path, eval_path, data.eval_fraction)
+    return _from_files(f"{data.dataset}/train", train, data), _from_files(
+        f"{data.dataset}/eval", held_out, data
+    )
+
+
+def _how_to_point_at_a_folder(data) -> str:
+    tfrecords = ""
+    if data.tfrecords_path:
+        tfrecords = f" (the TFRecord file {data.tfrecords_path} of score_sde is not read)"
+    what = f"{data.dataset} {data.category}".strip()
+    return (
+        f"{what}: expected config.data.path, a folder or .zip of images, got ''{tfrecords}; "
+        "export the images to files and set --config.data.path=/where/they/are"
+    )
+
+
+def _celeba(data) -> tuple[ImageSet, ImageSet]:
+    """CelebA as torchvision unpacks it: the official training and validation parts."""
+    root = Path(data.root).expanduser()
+    partition = root / "celeba" / "list_eval_partition.txt"
+    if data.download and not partition.exists():
+        import torchvision.datasets
+
+        try:
+            torchvision.datasets.CelebA(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise _missing("CELEBA", partition, str(error)) from error
+    folder = root / "celeba" / "img_align_celeba"
+    for path in (partition, folder):
+        if not path.exists():
+            raise _missing("CELEBA", path)
+    files = list_images(folder)
+    part_of = dict(line.split()[:2] for line in partition.read_text().splitlines() if line)
+    train, held_out = (
+        files.select([i for i, name in enumerate(files.names) if part_of.get(name) == part])
+        for part in ("0", "1")
+    )
+    return _from_files("CELEBA/train", train, data, CROP_CELEBA), _from_files(
+        "CELEBA/validation", held_out, data, CROP_CELEBA
+    )
+
+
+def _from_files(name: str, files: ImageFiles, data, crop: int = 0) -> ImageSet:
+    """Decode the files now where they fit into memory, else when they are taken."""
+    files = files.with_shape((data.num_channels, data.image_size, data.image_size), crop)
+    labels = None if files.labels is None else torch.tensor(files.labels)
+    if len(files) * math.prod(files.shape) > IN_MEMORY_BYTES:
+        return ImageSet(name, None, labels, data.levels, files)
+    return ImageSet(name, files.read(range(len(files))), labels, data.levels)

@@ -1,0 +1,211 @@
+"""Images in a folder or a .zip: which ones there are, how they are split, how they are decoded."""
+
+import io
+import os
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Image files in a fixed order, decoded to uint8 images of one shape.
+
+    ``base`` is the folder below which ``names`` say something (a class, say); ``shape`` is
+    (C, H, W) with H = W; ``crop`` is the side in pixels of the central square that is kept, 0 for
+    the largest one. ``labels`` numbers the sorted class folders, or is None.
+    """
+
+    source: Path
+    names: tuple[str, ...]
+    open: Callable[[str], bytes]
+    base: str = ""
+    labels: tuple[int, ...] | None = None
+    shape: tuple[int, int, int] = (3, 32, 32)
+    crop: int = 0
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def select(self, indices: Iterable[int]) -> "ImageFiles":
+        """Return the files at ``indices``."""
+        indices = list(indices)
+        labels = self.labels and tuple(self.labels[i] for i in indices)
+        return replace(self, names=tuple(self.names[i] for i in indices), labels=labels)
+
+    def below(self, base: str) -> "ImageFiles":
+        """Return the files whose names start with ``base``."""
+        names = tuple(name for name in self.names if name.startswith(base))
+        return replace(self, names=names, base=base, labels=None)
+
+    def classes(self) -> list[str]:
+        """Return the sorted folders just below the base; [] where some image lies in none."""
+        parts = [name[len(self.base) :].split("/") for name in self.names]
+        return sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
+
+    def labelled(self, classes: Sequence[str]) -> "ImageFiles":
+        """Return the files with the number of each one's class, where all have one of these."""
+        if len(classes) < 2 or not set(self.classes()) or not set(self.classes()) <= set(classes):
+            return self
+        number = {name: i for i, name in enumerate(classes)}
+        labels = tuple(number[name[len(self.base) :].split("/")[0]] for name in self.names)
+        return replace(self, labels=labels)
+
+    def with_shape(self, shape: tuple[int, int, int], crop: int = 0) -> "ImageFiles":
+        """Return the files to be decoded to another shape (C, H, W)."""
+        return replace(self, shape=shape, crop=crop)
+
+    def read(self, indices: Iterable[int]) -> torch.Tensor:
+        """Decode the images at ``indices``: uint8 of shape (b, C, H, W).
+
+        Raises ValueError naming the first file that cannot be decoded.
+        """
+        indices = list(indices)
+        images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
+
+        def fill(place: int) -> None:
+            images[place] = self._decode(self.names[indices[place]])
+
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for _ in pool.map(fill, range(len(indices))):
+                pass
+        return images
+
+    def _decode(self, name: str) -> torch.Tensor:
+        try:
+            pixels = decode(self.open(name), self.shape[0], self.shape[1], self.crop)
+        except Exception as error:  # decoders of damaged files raise nearly anything
+            raise ValueError(
+                f"{self.source / name}: expected an image, got a file that cannot be decoded "
+                f"({type(error).__name__}: {error}); replace or delete it"
+            ) from error
+        return torch.from_numpy(pixels)
+
+
+def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarray:
+    """Decode one image file to uint8 of shape (channels, size, size).
+
+    The image is turned as its EXIF tag says, laid on white where it is transparent, reduced to 8
+    bits, made grey or colour, cut to its central square and resized (bicubic, antialiased).
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(io.BytesIO(content)) as opened:
+        image = ImageOps.exif_transpose(opened)
+    if image.mode == "F" or image.mode.startswith("I"):
+        image = Image.fromarray(_to_8_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    side = min(image.width, image.height, crop or max(image.size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    """Map 16-bit grey values to 8 bits: 65535 becomes 255."""
+    if not np.issubdtype(pixels.dtype, np.integer) or pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"pixels of {pixels.dtype} have no known range; save it with 8 or 16 bits")
+    return ((pixels.astype(np.int64) + 128) // 257).astype(np.uint8)
+
+
+def list_images(path: Path) -> ImageFiles:
+    """Return the images in a folder or .zip, at any depth, sorted by name.
+
+    Raises FileNotFoundError where there is nothing, or no image, and ValueError for another file.
+    """
+    if path.is_dir():
+        names, open_file = _folder_names(path), lambda name: (path / name).read_bytes()
+    elif not path.exists():
+        raise FileNotFoundError(
+            f"expected a folder or a .zip of images, got {path}, which does not exist; "
+            "set --config.data.path (or data.root) to where the images are"
+        )
+    elif zipfile.is_zipfile(path):
+        names, open_file = _zip_access(path)
+    else:
+        raise ValueError(f"expected a folder or a .zip of images, got the file {path}; zip it")
+    kept = sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not _hidden(n))
+    if not kept:
+        raise FileNotFoundError(
+            f"expected images in {path}, found {len(names)} files and no image; "
+            f"known are {', '.join(EXTENSIONS)}"
+        )
+    return ImageFiles(path, tuple(kept), open_file, _common_folder(kept))
+
+
+def _folder_names(path: Path) -> list[str]:
+    return [
+        (Path(folder) / name).relative_to(path).as_posix()
+        for folder, _, names in os.walk(path, followlinks=True)
+        for name in names
+    ]
+
+
+def _zip_access(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
+    archive, lock = zipfile.ZipFile(path), threading.Lock()
+
+    def open_file(name: str) -> bytes:
+        with lock:
+            return archive.read(name)
+
+    return [info.filename for info in archive.infolist() if not info.is_dir()], open_file
+
+
+def _hidden(name: str) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
+
+
+def _common_folder(names: list[str]) -> str:
+    """Return the longest folder, with its final slash, that holds every file."""
+    shared = os.path.commonprefix([names[0], names[-1]])  # of sorted names: common to all
+    return shared[: shared.rfind("/") + 1]
+
+
+def split_images(
+    path: Path, eval_path: Path | None, fraction: float
+) -> tuple[ImageFiles, ImageFiles]:
+    """Return the training and the evaluation images of a folder or .zip.
+
+    In this order: sub-folders train and one of ``EVAL_FOLDERS``; all of ``eval_path``; a
+    ``fraction`` of the images drawn with a fixed seed. Class folders become labels.
+    """
+    files = list_images(path)
+    folders = {name[len(files.base) :].split("/")[0] for name in files.names}
+    eval_folders = [name for name in EVAL_FOLDERS if name in folders]
+    train = files
+    if "train" in folders and (eval_path or eval_folders):
+        train = files.below(f"{files.base}train/")
+    classes = train.classes()
+    if eval_path:
+        return train.labelled(classes), list_images(eval_path).labelled(classes)
+    if train is not files:
+        held_out = files.below(f"{files.base}{eval_folders[0]}/")
+        return train.labelled(classes), held_out.labelled(classes)
+    return _split_by_fraction(files.labelled(classes), fraction)
+
+
+def _split_by_fraction(files: ImageFiles, fraction: float) -> tuple[ImageFiles, ImageFiles]:
+    held_out = max(1, round(len(files) * fraction))
+    if held_out >= len(files):
+        raise ValueError(
+            f"{files.source}: expected enough images for a held-out part of {fraction}, got "
+            f"{len(files)}; add images, or set --config.data.eval_path"
+        )
+    order = np.random.RandomState(0).permutation(len(files))  # a stream that is frozen for ever
+    parts = np.sort(order[held_out:]), np.sort(order[:held_out])
+    return files.select(parts[0].tolist()), files.select(parts[1].tolist())

@@ -1,0 +1,39 @@
+"""Divergence of a vector field by random probes: ∇·f ≈ vᵀ (∂f/∂x) v (Hutchinson 1990)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from sde_lib import sum_except_batch
+
+
+def rademacher(x: torch.Tensor) -> torch.Tensor:
+    """A probe of ±1, of x's shape and dtype; zero variance where the Jacobian is diagonal."""
+    return torch.randint_like(x, low=0, high=2) * 2 - 1
+
+
+#: Probe distributions by name; each has mean 0 and covariance I.
+PROBES: dict[str, Callable] = {"rademacher": rademacher, "gaussian": torch.randn_like}
+
+
+def get_probe(name: str) -> Callable:
+    """The probe distribution `name`, in any case of letters."""
+    if name.lower() not in PROBES:
+        raise ValueError(f"hutchinson_type {name!r} is unknown; known: {sorted(PROBES)}")
+    return PROBES[name.lower()]
+
+
+def value_and_divergence(fn: Callable, x: torch.Tensor, probe: torch.Tensor):
+    """f(x) and vᵀ (∂f/∂x) v by one forward and one backward pass; no gradient of weights.
+
+    Shapes: x, probe and f(x) are (B, *), the divergence is (B,).
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_(True)
+        value = fn(x)
+        if not value.requires_grad:
+            return value, torch.zeros_like(value[:, 0].reshape(len(x), -1)[:, 0])
+        (vjp,) = torch.autograd.grad(value, x, probe, materialize_grads=True)
+    return value.detach(), sum_except_batch(vjp * probe)

@@ -1,0 +1,1 @@
+"""Score networks, their registry and the functions that turn a network into a score."""

@@ -1,0 +1,427 @@
+"""NCSN++ and DDPM++ (Song et al. 2021, "Score-Based Generative Modeling through SDEs", app. H)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .layers import dense, expand_to, get_act, get_timestep_embedding, group_norm
+from .layerspp import (
+    AttnBlockpp,
+    Combine,
+    Downsample,
+    GaussianFourierProjection,
+    ResnetBlockBigGANpp,
+    ResnetBlockDDPMpp,
+    Upsample,
+    conv3x3,
+    merge,
+)
+from .utils import get_sigmas, register_model
+
+_CHOICES = {
+    "resblock_type": ("biggan", "ddpm"),
+    "progressive": ("none", "output_skip", "residual"),
+    "progressive_input": ("none", "input_skip", "residual"),
+    "progressive_combine": ("sum", "cat"),
+    "embedding_type": ("positional", "fourier"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The checked options of a network, and the layers that they choose."""
+
+    channels: int
+    image_size: int
+    nf: int
+    ch_mult: tuple[int, ...]
+    num_res_blocks: int
+    attn_resolutions: tuple[int, ...]
+    resblock_type: str
+    progressive: str
+    progressive_input: str
+    progressive_combine: str
+    embedding_type: str
+    conditional: bool
+    dropout: float
+    fir: bool
+    fir_kernel: tuple
+    fourier_scale: float
+    init_scale: float
+    resamp_with_conv: bool
+    skip_rescale: bool
+    act: nn.Module
+
+    @classmethod
+    def from_config(cls, config) -> Architecture:
+        """Read and check `config.model` and `config.data`; missing options are DDPM++'s."""
+        model, data = config.model, config.data
+        names = {key: _choice(model, key) for key in _CHOICES}
+        arch = cls(
+            channels=data.num_channels,
+            image_size=data.image_size,
+            nf=model.nf,
+            ch_mult=tuple(model.ch_mult),
+            num_res_blocks=model.num_res_blocks,
+            attn_resolutions=tuple(model.attn_resolutions),
+            **names,
+            conditional=model.get("conditional", True),
+            dropout=model.get("dropout", 0.1),
+            fir=model.get("fir", False),
+            fir_kernel=tuple(model.get("fir_kernel", (1, 3, 3, 1))),
+            fourier_scale=model.get("fourier_scale", 16),
+            init_scale=model.get("init_scale", 0.0),
+            resamp_with_conv=model.get("resamp_with_conv", True),
+            skip_rescale=model.get("skip_rescale", True),
+            act=get_act(config),
+        )
+        arch._check(config)
+        return arch
+
+    def _check(self, config) -> None:
+        if self.nf < 4 or not self.ch_mult or self.num_res_blocks < 1:
+            raise ValueError(
+                "NCSNpp needs nf >= 4, a non-empty ch_mult and num_res_blocks >= 1, got "
+                f"{self.nf}, {self.ch_mult} and {self.num_res_blocks}"
+            )
+        if self.image_size % self.stride:
+            raise ValueError(
+                f"NCSNpp halves the images {len(self.ch_mult) - 1} times and needs a "
+                f"data.image_size divisible by {self.stride}, got {self.image_size}; shorten "
+                "model.ch_mult or pad the images"
+            )
+        continuous = config.get("training", {}).get("continuous", True)
+        if self.embedding_type == "fourier" and not continuous:
+            raise ValueError(
+                "model.embedding_type 'fourier' needs training.continuous=True (its labels are "
+                "noise levels), got False; use 'positional'"
+            )
+        norm = config.model.get("normalization", "GroupNorm")
+        if norm != "GroupNorm":
+            raise ValueError(f"NCSNpp needs model.normalization 'GroupNorm', got {norm!r}")
+
+    @property
+    def stride(self) -> int:
+        """What heights and widths must be divisible by."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def has_attention(self, level: int) -> bool:
+        """Whether the blocks of a level attend, by the size that training images have there."""
+        return self.image_size // 2**level in self.attn_resolutions
+
+    def block(self, in_ch: int, out_ch: int, **resampling) -> nn.Module:
+        """A residual block; `up=True` or `down=True` (BigGAN's only) resamples."""
+        options: dict[str, Any] = dict(
+            temb_dim=4 * self.nf,
+            dropout=self.dropout,
+            skip_rescale=self.skip_rescale,
+            init_scale=self.init_scale,
+        )
+        if self.resblock_type == "ddpm":
+            return ResnetBlockDDPMpp(self.act, in_ch, out_ch, **options)
+        options.update(fir=self.fir, fir_kernel=self.fir_kernel, **resampling)
+        return ResnetBlockBigGANpp(self.act, in_ch, out_ch, **options)
+
+    def resample_block(self, ch: int, up: bool) -> nn.Module:
+        """What stands between two levels: BigGAN's block, or DDPM's plain resampling."""
+        if self.resblock_type == "biggan":
+            return self.block(ch, ch, **({"up": True} if up else {"down": True}))
+        return WithoutEmbedding(self.resample(up, self.resamp_with_conv, ch))
+
+    def resample(self, up: bool, with_conv: bool, in_ch=None, out_ch=None) -> nn.Module:
+        """Upsampling or downsampling by two, with or without a convolution."""
+        cls = Upsample if up else Downsample
+        return cls(in_ch, out_ch, with_conv=with_conv, fir=self.fir, fir_kernel=self.fir_kernel)
+
+    def attention(self, ch: int) -> nn.Module:
+        return AttnBlockpp(ch, skip_rescale=self.skip_rescale, init_scale=self.init_scale)
+
+
+def _choice(model, key: str) -> str:
+    choices = _CHOICES[key]
+    name = str(model.get(key, choices[0])).lower()
+    if name not in choices:
+        raise ValueError(f"model.{key} needs one of {list(choices)}, got {model[key]!r}")
+    return name
+
+
+class WithoutEmbedding(nn.Module):
+    """Calls a layer that takes no embedding where a block stands elsewhere."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x, temb):
+        return self.layer(x)
+
+
+class NoiseEmbedding(nn.Module):
+    """Labels (B,) -> embedding (B, 4·nf), or None for a network that is not noise-conditional.
+
+    Fourier features of log σ, or sinusoids of the time label; then two linear layers.
+    """
+
+    def __init__(self, arch: Architecture):
+        super().__init__()
+        nf = arch.nf
+        self.fourier = self.Dense_0 = self.Dense_1 = None
+        features = nf
+        if arch.embedding_type == "fourier":
+            self.fourier = GaussianFourierProjection(nf, scale=arch.fourier_scale)
+            features = 2 * nf
+        if arch.conditional:
+            self.Dense_0 = dense(features, 4 * nf)
+            self.Dense_1 = dense(4 * nf, 4 * nf)
+        self.nf = nf
+        self.act = arch.act
+
+    def forward(self, labels):
+        if self.Dense_0 is None or self.Dense_1 is None:
+            return None
+        if self.fourier is None:
+            features = get_timestep_embedding(labels, self.nf)
+        else:
+            features = self.fourier(torch.log(_at_least_float32(labels)))
+        return self.Dense_1(self.act(self.Dense_0(features.to(self.Dense_0.weight.dtype))))
+
+
+def _at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class AttendingBlock(nn.Module):
+    """A residual block, and attention after it where the level has it."""
+
+    def __init__(self, arch: Architecture, in_ch: int, out_ch: int, level: int):
+        super().__init__()
+        self.block = arch.block(in_ch, out_ch)
+        self.attention = arch.attention(out_ch) if arch.has_attention(level) else None
+
+    def forward(self, h, temb):
+        h = self.block(h, temb)
+        return h if self.attention is None else self.attention(h)
+
+
+class DownStage(nn.Module):
+    """The blocks of one level; on all but the last, halving and the input pyramid.
+
+    `in_ch`, `pyramid_ch`: channels of the features and of the pyramid on entry; `out_ch`, and
+    `pyramid_out_ch` on exit. `skip_chs` are the channels of the skip connections that it adds.
+    """
+
+    def __init__(self, arch: Architecture, level: int, in_ch: int, pyramid_ch: int):
+        super().__init__()
+        ch = arch.nf * arch.ch_mult[level]
+        self.blocks = nn.ModuleList(
+            AttendingBlock(arch, ch if i else in_ch, ch, level) for i in range(arch.num_res_blocks)
+        )
+        self.skip_chs = [ch] * arch.num_res_blocks
+        self.downsample = self.pyramid_downsample = self.combine = None
+        self.progressive_input = arch.progressive_input
+        self.skip_rescale = arch.skip_rescale
+        self.out_ch, self.pyramid_out_ch = ch, pyramid_ch
+        if level == len(arch.ch_mult) - 1:
+            return
+        self.downsample = arch.resample_block(ch, up=False)
+        if arch.progressive_input == "input_skip":
+            self.pyramid_downsample = arch.resample(up=False, with_conv=False)
+            self.combine = Combine(pyramid_ch, ch, method=arch.progressive_combine)
+            self.out_ch = 2 * ch if arch.progressive_combine == "cat" else ch
+        elif arch.progressive_input == "residual":
+            self.pyramid_downsample = arch.resample(False, True, pyramid_ch, ch)
+            self.pyramid_out_ch = ch
+        self.skip_chs.append(self.out_ch)
+
+    def forward(self, h, temb, pyramid, skips: list):
+        for block in self.blocks:
+            h = block(h, temb)
+            skips.append(h)
+        if self.downsample is None:
+            return h, pyramid
+        h = self.downsample(h, temb)
+        if self.pyramid_downsample is not None:
+            pyramid = self.pyramid_downsample(pyramid)
+            if self.combine is not None:
+                h = self.combine(pyramid, h)
+            else:
+                h = pyramid = merge(pyramid, h, self.skip_rescale)
+        skips.append(h)
+        return h, pyramid
+
+
+class MiddleStage(nn.Module):
+    """Block, attention, block at the smallest size."""
+
+    def __init__(self, arch: Architecture, ch: int):
+        super().__init__()
+        self.block_in = arch.block(ch, ch)
+        self.attention = arch.attention(ch)
+        self.block_out = arch.block(ch, ch)
+
+    def forward(self, h, temb):
+        return self.block_out(self.attention(self.block_in(h, temb)), temb)
+
+
+class Head(nn.Module):
+    """Conv3x3(act(GroupNorm(h)))."""
+
+    def __init__(self, arch: Architecture, in_ch: int, out_ch: int, init_scale: float):
+        super().__init__()
+        self.GroupNorm_0 = group_norm(in_ch)
+        self.Conv_0 = conv3x3(in_ch, out_ch, init_scale=init_scale)
+        self.act = arch.act
+
+    def forward(self, h):
+        return self.Conv_0(self.act(self.GroupNorm_0(h)))
+
+
+class UpStage(nn.Module):
+    """The blocks of one level on the way up, the output pyramid; on all but the first, doubling.
+
+    The pyramid is a sum of images, one from each level ('output_skip'), or of features
+    ('residual'), which then also replace h.
+    """
+
+    def __init__(self, arch: Architecture, level: int, in_ch: int, skip_chs: list, pyramid_ch: int):
+        super().__init__()
+        ch = arch.nf * arch.ch_mult[level]
+        self.blocks = nn.ModuleList(
+            arch.block((ch if i else in_ch) + skip_chs.pop(), ch)
+            for i in range(arch.num_res_blocks + 1)
+        )
+        self.attention = arch.attention(ch) if arch.has_attention(level) else None
+        self.head = self.pyramid_upsample = self.upsample = None
+        self.residual = arch.progressive == "residual"
+        self.skip_rescale = arch.skip_rescale
+        self.out_ch = self.pyramid_out_ch = ch
+        is_top = level == len(arch.ch_mult) - 1
+        if arch.progressive == "output_skip":
+            self.head = Head(arch, ch, arch.channels, arch.init_scale)
+            self.pyramid_upsample = None if is_top else arch.resample(up=True, with_conv=False)
+        elif self.residual and is_top:
+            self.head = Head(arch, ch, ch, init_scale=1.0)
+        elif self.residual:
+            self.pyramid_upsample = arch.resample(True, True, pyramid_ch, ch)
+        if level > 0:
+            self.upsample = arch.resample_block(ch, up=True)
+
+    def forward(self, h, temb, pyramid, skips: list):
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), temb)
+        if self.attention is not None:
+            h = self.attention(h)
+        h, pyramid = self._climb(h, pyramid)
+        if self.upsample is not None:
+            h = self.upsample(h, temb)
+        return h, pyramid
+
+    def _climb(self, h, pyramid):
+        if self.pyramid_upsample is not None:
+            pyramid = self.pyramid_upsample(pyramid)
+        if self.head is not None:
+            own = self.head(h)
+            return h, own if pyramid is None else pyramid + own
+        if self.residual:
+            h = pyramid = merge(pyramid, h, self.skip_rescale)
+        return h, pyramid
+
+
+@register_model(name="ncsnpp")
+class NCSNpp(nn.Module):
+    """The U-Net of NCSN++ and DDPM++: images (B, C, H, W), labels (B,) -> (B, C, H, W).
+
+    Every option of the published configs is read from `config.model`: `fir`, `skip_rescale`,
+    `resblock_type`, `progressive`, `progressive_input`, `progressive_combine`, `embedding_type`,
+    `conditional`, `scale_by_sigma` and the rest. The parameters stand in the order of
+    score_sde_pytorch's, with its shapes, so that its checkpoints load by order.
+
+    Labels are noise levels σ for the Fourier embedding, times in 0 … num_scales − 1, whole or
+    not, for the positional one. The output is divided by σ where `scale_by_sigma`. It has the
+    type of the input, also under autocast.
+
+    Attention stands on the levels where images of `data.image_size` have a size in
+    `attn_resolutions`; images of any other size, square or not, go through the same layers.
+    A network with `conditional=False` ignores its labels but keeps the blocks' `Dense_0`
+    parameters, as the original does.
+
+    Raises:
+      ValueError: on building, an option is unknown or impossible with the others; on calling,
+        the images or labels do not have the shapes above, or do not halve cleanly.
+    """
+
+    sigmas: torch.Tensor
+
+    def __init__(self, config):
+        super().__init__()
+        arch = Architecture.from_config(config)
+        self.config = config
+        self.register_buffer("sigmas", torch.as_tensor(get_sigmas(config)).to(torch.float32))
+        self.channels, self.stride = arch.channels, arch.stride
+        self.centered = config.data.get("centered", False)
+        self.scale_by_sigma = config.model.get("scale_by_sigma", False)
+        self.labels_are_sigmas = arch.embedding_type == "fourier"
+        self.has_input_pyramid = arch.progressive_input != "none"
+
+        self.embedding = NoiseEmbedding(arch)
+        self.conv_in = conv3x3(arch.channels, arch.nf)
+        levels = range(len(arch.ch_mult))
+        ch, pyramid_ch, skip_chs = arch.nf, arch.channels, [arch.nf]
+        self.down = nn.ModuleList()
+        for level in levels:
+            stage = DownStage(arch, level, ch, pyramid_ch)
+            ch, pyramid_ch = stage.out_ch, stage.pyramid_out_ch
+            skip_chs += stage.skip_chs
+            self.down.append(stage)
+        self.middle = MiddleStage(arch, ch)
+        self.up = nn.ModuleList()
+        for level in reversed(levels):
+            stage = UpStage(arch, level, ch, skip_chs, pyramid_ch)
+            ch, pyramid_ch = stage.out_ch, stage.pyramid_out_ch
+            self.up.append(stage)
+        has_pyramid_of_images = arch.progressive == "output_skip"
+        self.out = None if has_pyramid_of_images else Head(arch, ch, arch.channels, arch.init_scale)
+
+    def forward(self, x, time_cond):
+        self._check(x, time_cond)
+        temb = self.embedding(time_cond)
+        images = x if self.centered else 2 * x - 1
+        pyramid = images if self.has_input_pyramid else None
+
+        h = self.conv_in(images)
+        skips = [h]
+        for stage in self.down:
+            h, pyramid = stage(h, temb, pyramid, skips)
+
+        h = self.middle(h, temb)
+
+        pyramid = None
+        for stage in self.up:
+            h, pyramid = stage(h, temb, pyramid, skips)
+
+        h = (pyramid if self.out is None else self.out(h)).to(x.dtype)
+        if self.scale_by_sigma:
+            sigma = time_cond if self.labels_are_sigmas else self.sigmas[time_cond.long()]
+            h = h / expand_to(sigma, h).to(h.dtype)
+        return h
+
+    def _check(self, x, time_cond) -> None:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(
+                f"NCSNpp needs images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}; "
+                "set data.num_channels"
+            )
+        if x.shape[2] % self.stride or x.shape[3] % self.stride:
+            raise ValueError(
+                f"NCSNpp needs a height and width divisible by {self.stride}, got "
+                f"{tuple(x.shape[2:])}; pad the images or shorten model.ch_mult"
+            )
+        if time_cond.shape != x.shape[:1]:
+            raise ValueError(
+                f"NCSNpp needs one label per image, shape {tuple(x.shape[:1])}, got "
+                f"{tuple(time_cond.shape)}; use labels.expand(len(x))"
+            )

@@ -1,0 +1,167 @@
+"""The model registry, and the functions that turn a network into a score."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+
+import numpy as np
+import torch
+
+from parametrization import (
+    ScoreFunction,
+    as_parametrization,
+    as_score_function,
+    legacy_parametrization,
+)
+
+_MODELS: dict[str, type] = {}
+_BUILTIN_MODULES = ("ncsnpp",)
+
+
+def register_model(cls=None, *, name: str | None = None):
+    """Register a network class, built as `cls(config)`, to be chosen by `config.model.name`."""
+
+    def register(cls):
+        key = name or cls.__name__
+        if key in _MODELS:
+            raise ValueError(f"a model named {key!r} is already registered: {_MODELS[key]!r}")
+        _MODELS[key] = cls
+        return cls
+
+    return register if cls is None else register(cls)
+
+
+def get_model(name: str) -> type:
+    """The network class registered under `name`."""
+    if name not in _MODELS:
+        for module in _BUILTIN_MODULES:
+            importlib.import_module(f"models.{module}")
+    if name not in _MODELS:
+        raise ValueError(f"model {name!r} is unknown; registered: {sorted(_MODELS)}")
+    return _MODELS[name]
+
+
+def create_model(config) -> torch.nn.Module:
+    """Build `config.model.name` on `config.device`; a declared `config.model.parametrization`
+    is kept on the network, for `get_score_fn`."""
+    model = get_model(config.model.name)(config).to(config.device)
+    declared = config.model.get("parametrization", "")
+    if declared:
+        model.parametrization = as_parametrization(declared)  # type: ignore[assignment]
+    return model
+
+
+def unwrap(model):
+    """The network inside DataParallel, DistributedDataParallel or torch.compile."""
+    while isinstance(
+        model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
+    ) or hasattr(model, "_orig_mod"):
+        model = getattr(model, "_orig_mod", None) or model.module
+    return model
+
+
+def get_model_fn(model, train: bool = False):
+    """model_fn(x, labels) that runs `model` in training or in evaluation mode.
+
+    The network's dtype is its own business: x goes in as its parameters are, and the output
+    comes back as x is.
+    """
+    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    dtype = None if parameter is None else parameter.dtype
+
+    def model_fn(x, labels, **conditions):
+        if getattr(model, "training", train) != train:
+            model.train(train)
+        if dtype is None or dtype == x.dtype:
+            return model(x, labels, **conditions).to(x.dtype)
+        labels = labels.to(dtype) if labels.is_floating_point() else labels
+        return model(x.to(dtype), labels, **conditions).to(x.dtype)
+
+    return model_fn
+
+
+def get_score_fn(sde, model, train: bool = False, continuous: bool = False) -> ScoreFunction:
+    """The score of a network: s(x, t), with `.denoise`, `.noise` and `.velocity`.
+
+    What the network's output and time input mean is asked in this order: a parametrization it
+    declares; score_sde's rules for VE, VP and sub-VP; for any other process noise prediction
+    with labels t·999/T.
+
+    Args:
+      sde: the forward process.
+      model: a network, bare or wrapped (DataParallel, DDP, compiled), called as
+        `model(x, labels)`; or a ScoreFunction, returned as it is.
+      train: whether the network runs in training mode.
+      continuous: whether the network was trained with continuous time.
+
+    The range of integer labels is bound here: `config.model.num_scales` where the network
+    carries its config, else the present `sde.N`.
+    """
+    if isinstance(model, ScoreFunction):
+        return model
+    inner = unwrap(model)
+    declared = getattr(inner, "parametrization", None)
+    if declared is not None:
+        parametrization = as_parametrization(declared)
+    else:
+        bound = copy.copy(sde)
+        bound.N = _num_scales(inner, sde)
+        parametrization = legacy_parametrization(bound, continuous)
+    return ScoreFunction(get_model_fn(model, train), sde, parametrization)
+
+
+def _num_scales(model, sde) -> int:
+    config = getattr(model, "config", None)
+    try:
+        return config.model.num_scales  # type: ignore[union-attr]
+    except AttributeError:
+        return sde.N
+
+
+def get_sigmas(config) -> np.ndarray:
+    """The noise levels of SMLD networks: num_scales numbers, geometric, descending."""
+    m = config.model
+    return np.exp(np.linspace(np.log(m.sigma_max), np.log(m.sigma_min), m.num_scales))
+
+
+def get_ddpm_params(config) -> dict:
+    """DDPM's tables of betas and their products for `config.model`, as NumPy arrays."""
+    N = config.model.num_scales
+    betas = np.linspace(config.model.beta_min / N, config.model.beta_max / N, N, dtype=np.float64)
+    alphas_cumprod = np.cumprod(1.0 - betas)
+    return {
+        "betas": betas,
+        "alphas": 1.0 - betas,
+        "alphas_cumprod": alphas_cumprod,
+        "sqrt_alphas_cumprod": np.sqrt(alphas_cumprod),
+        "sqrt_1m_alphas_cumprod": np.sqrt(1.0 - alphas_cumprod),
+        "beta_min": config.model.beta_min,
+        "beta_max": config.model.beta_max,
+        "num_diffusion_timesteps": N,
+    }
+
+
+def to_flattened_numpy(x: torch.Tensor) -> np.ndarray:
+    """A tensor as a flat NumPy array."""
+    return x.detach().cpu().numpy().reshape(-1)
+
+
+def from_flattened_numpy(x: np.ndarray, shape) -> torch.Tensor:
+    """A tensor of the given shape from a flat NumPy array."""
+    return torch.from_numpy(x.reshape(shape))
+
+
+__all__ = [
+    "as_score_function",
+    "create_model",
+    "from_flattened_numpy",
+    "get_ddpm_params",
+    "get_model",
+    "get_model_fn",
+    "get_score_fn",
+    "get_sigmas",
+    "register_model",
+    "to_flattened_numpy",
+    "unwrap",
+]
