@@ -74,7 +74,10 @@ class ImageSet:
             )
 
     def __len__(self) -> int:
-        return len(self.files) if self.images is None else len(self.images)
+        if self.images is not None:
+            return len(self.images)
+        assert self.files is not None
+        return len(self.files)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -82,20 +85,21 @@ class ImageSet:
         if self.images is None:
             assert self.files is not None
             return self.files.shape
-        return tuple(self.images.shape[1:])
+        _, channels, height, width = self.images.shape
+        return channels, height, width
 
     def take(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> torch.Tensor:
         """Return the images at ``indices``, in that order: uint8 of shape (b, C, H, W)."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        index = torch.as_tensor(indices, dtype=torch.int64)
         if self.images is not None:
-            return self.images[indices]
+            return self.images[index]
         assert self.files is not None
-        return self.files.read(indices.tolist())
+        return self.files.read(index.tolist())
 
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the images and the labels at ``indices``."""
-        indices = torch.as_tensor(indices, dtype=torch.int64)
-        return Batch(self.take(indices), None if self.labels is None else self.labels[indices])
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return Batch(self.take(index), None if self.labels is None else self.labels[index])
 
 
 # Batches
@@ -202,6 +206,18 @@ def prepare(
     return get_data_scaler(config)(x)
 
 
+def quantize(x: torch.Tensor, config) -> torch.Tensor:
+    """Return images x (b, C, H, W) in [0, 1] as uint8 levels: the inverse of ``prepare``.
+
+    With L = ``config.data.levels``, floor(L x) where training data are dequantised, else
+    round((L - 1) x); values outside [0, 1] are clipped.
+    """
+    levels, x = config.data.levels, x.clamp(0, 1)
+    if config.data.uniform_dequantization:
+        return (x * levels).floor().clamp(max=levels - 1).byte()
+    return (x * (levels - 1)).add(0.5).floor().byte()
+
+
 def _rand(
     shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
 ) -> torch.Tensor:
@@ -257,7 +273,7 @@ def _digits(data) -> tuple[ImageSet, ImageSet]:
     """scikit-learn's 1797 digits, 8 x 8 and 17 levels; 300 of them are held out."""
     from sklearn.datasets import load_digits
 
-    bunch = load_digits()
+    bunch: Any = load_digits()
     images = torch.from_numpy(bunch.images.astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(bunch.target.astype(np.int64))
     # RandomState: its stream is frozen, so the held-out digits stay the same for ever.

@@ -2,6 +2,7 @@
 
 import io
 import os
+import posixpath
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
@@ -172,8 +173,9 @@ def _hidden(name: str) -> bool:
 
 def _common_folder(names: list[str]) -> str:
     """Return the longest folder, with its final slash, that holds every file."""
-    shared = os.path.commonprefix([names[0], names[-1]])  # of sorted names: common to all
-    return shared[: shared.rfind("/") + 1]
+    first, last = posixpath.dirname(names[0]), posixpath.dirname(names[-1])
+    shared = posixpath.commonpath([first, last])  # names are sorted: common to all
+    return f"{shared}/" if shared else ""
 
 
 def split_images(

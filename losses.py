@@ -40,7 +40,7 @@ def optimization_manager(config) -> Callable:
     ):
         if warmup > 0:
             for group in optimizer.param_groups:
-                group["lr"] = lr * min((step + 1) / warmup, 1.0)
+                group["lr"] = float(lr * min((step + 1) / warmup, 1.0))
         if grad_clip >= 0:
             params = list(params)
             norm = _grad_norm(params) if grad_norm is None else grad_norm
@@ -191,7 +191,7 @@ def get_step_fn(
             state["ema"].update(model.parameters())
             state["nonfinite_in_a_row"] = 0
         else:
-            _count_nonfinite(state, float(loss), float(norm), max_nonfinite)
+            _count_nonfinite(state, loss.item(), norm.item(), max_nonfinite)
         state["step"] += 1
         return loss.detach()
 

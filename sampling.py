@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -190,13 +191,25 @@ class Predictor(_Stepper):
     def finish(self, x, t):
         """The last call, at t = eps: (x, x_mean)."""
         vec_t = batch_time(x, t)
-        if _defines(type(self), "update_fn", Predictor):
+        if _own_update(type(self)):
             return self.update_fn(x, vec_t)
         return x, as_score_function(self.score_fn, self.sde).denoise(x, vec_t)
 
 
-def _defines(cls: type, method: str, base: type) -> bool:
-    return getattr(cls, method, None) is not getattr(base, method)
+def _depth(cls: type, method: str) -> float:
+    """How far up `cls`'s ancestors `method` is defined; infinity where only Predictor has it."""
+    owners = (i for i, c in enumerate(cls.__mro__) if method in vars(c) and c is not Predictor)
+    return next(owners, math.inf)
+
+
+def _own_update(cls: type) -> bool:
+    """Whether `cls` goes by `update_fn` on the grid of sde.N times: not if its `step` is newer."""
+    return math.inf > _depth(cls, "update_fn") <= _depth(cls, "step")
+
+
+def _own_step(cls: type) -> bool:
+    """Whether `cls` goes by `step` on any grid: not if it is inherited and `update_fn` newer."""
+    return math.inf > _depth(cls, "step") <= _depth(cls, "update_fn")
 
 
 def batch_time(x: torch.Tensor, t) -> torch.Tensor:
@@ -466,6 +479,11 @@ def time_grid(sde, eps: float, steps: int, schedule: str | Callable = "uniform")
     elif schedule == "quadratic":
         times = (ends[0].sqrt() + u * (ends[1].sqrt() - ends[0].sqrt())) ** 2
     elif schedule in ("logsnr", "karras"):
+        if not sde_lib.is_affine(sde):
+            raise ValueError(
+                f"schedule {schedule!r} needs λ(t), and the drift or mean of {type(sde).__name__} "
+                "is not affine in x; use uniform or quadratic"
+            )
         power = 7.0
         lam = sde_lib.half_log_snr(sde, ends)
         if schedule == "logsnr":
@@ -474,13 +492,13 @@ def time_grid(sde, eps: float, steps: int, schedule: str | Callable = "uniform")
             root = torch.exp(-lam / power)
             lam = -power * torch.log(root[0] + u * (root[1] - root[0]))
         times = sde_lib.time_of_half_log_snr(sde, lam)
-        times[0] = ends[0]
-        if steps > 1:
-            times[-1] = ends[1]
     else:
         raise ValueError(
             f"schedule {schedule!r} is unknown; known: uniform, quadratic, logsnr, karras, a function"
         )
+    if not callable(schedule):  # the ends, free of rounding
+        times[0] = ends[0]
+        times[1:][-1:] = ends[1]
     if times.shape != (steps,) or not (times.diff() < 0).all() or not 0 <= times[-1] <= times[0] <= sde.T:
         raise ValueError(f"the schedule must give {steps} falling times in [0, {sde.T}], got {times}")
     return times
@@ -554,15 +572,20 @@ def get_pc_sampler(
     """
     shape = _check_shape(shape)
     check_eps(sde, eps, shape)
-    steps = sde.N if steps is None else steps
-    legacy = steps == sde.N and schedule == "uniform"
-    times = time_grid(sde, eps, steps, schedule)
     predictor, corrector = predictor or NonePredictor, corrector or NoneCorrector
-    _check_pair(sde, predictor, corrector, snr, n_steps, probability_flow, legacy)
+
+    def plan():
+        n = sde.N if steps is None else steps
+        legacy = n == sde.N and schedule == "uniform"
+        _check_pair(sde, predictor, corrector, snr, n_steps, probability_flow, legacy)
+        return legacy, time_grid(sde, eps, n, schedule)
+
+    plan()
     _check_seeds(seeds, shape, corrector)
 
     @torch.no_grad()
     def pc_sampler(model):
+        legacy, times = plan()  # again: sde.N may have been assigned since
         target = torch.device(device) if device is not None else _device_of(model)
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
         before = score_fn.nfe
@@ -573,10 +596,10 @@ def get_pc_sampler(
         p.start(times) if hasattr(p, "start") else None
         x = x_mean = source.prior(sde, shape).to(target, dtype or torch.float32)
         # In float32 from the start, as the original's: table rows are floors of these numbers.
-        grid = torch.linspace(sde.T, eps, steps) if legacy else times
+        grid = torch.linspace(sde.T, eps, len(times)) if legacy else times
         vec_times = grid.to(target, x.dtype)
         watch = _FiniteWatch(grid)
-        for i in _bar(range(steps), progress):
+        for i in _bar(range(len(times)), progress):
             vec_t = vec_times[i].expand(shape[0])
             with _own_noise_refused(seeds is not None and i == 0, target):
                 x, x_mean = c.update_fn(x, vec_t)
@@ -592,7 +615,7 @@ def get_pc_sampler(
 
 
 def _predict(p, x, vec_t, times, i: int, legacy: bool):
-    if legacy and _defines(type(p), "update_fn", Predictor):
+    if legacy and _own_update(type(p)):
         return p.update_fn(x, vec_t)
     if i == len(times) - 1:
         return p.finish(x, times[i])
@@ -608,13 +631,13 @@ def _check_pair(sde, predictor, corrector, snr, n_steps, probability_flow, legac
 
     p = predictor(sde, no_score, probability_flow)
     corrector(sde, no_score, snr, n_steps)
-    own_update, own_step = (_defines(type(p), name, Predictor) for name in ("update_fn", "step"))
-    if not own_update and not own_step:
+    if not _own_update(type(p)) and not _own_step(type(p)):
         raise TypeError(f"{type(p).__name__} defines neither update_fn(x, t) nor step(x, t, s)")
-    if not legacy and not own_step:
+    if not legacy and not _own_step(type(p)):
         raise ValueError(
-            f"{type(p).__name__} has update_fn(x, t) only, which is bound to the uniform grid of "
-            f"sde.N = {sde.N} times; leave out steps= and schedule=, or define step(x, t, s)"
+            f"{type(p).__name__} has an update_fn(x, t) of its own but no step(x, t, s), and "
+            f"update_fn is bound to the uniform grid of sde.N = {sde.N} times; leave out steps= "
+            "and schedule=, or define step"
         )
 
 
@@ -684,7 +707,10 @@ def _bar(iterable, show: bool):
         return iterable
     from tqdm import tqdm
 
-    return tqdm(iterable, desc="sampling", unit="step", leave=False, dynamic_ncols=True)
+    wait = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        iterable, desc="sampling", unit="step", leave=False, dynamic_ncols=True, mininterval=wait
+    )
 
 
 def _device_of(model) -> torch.device:

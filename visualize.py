@@ -31,7 +31,6 @@ Array = torch.Tensor | np.ndarray
 PathLike = str | os.PathLike[str]
 Row = tuple[str, Any, Any, str]  # name, value, standard error or None, how to read it
 
-_GAP = 128  # grey between tiles: seen on black, on white, in a light and in a dark page
 _BLUE, _ORANGE = "#2563eb", "#d9480f"
 
 
@@ -68,11 +67,11 @@ def _pixels(images: Array, scale: int) -> np.ndarray:
 
 
 def _tile(pixels: np.ndarray, ncols: int, padding: int) -> np.ndarray:
-    """Tiles (n, h, w, C), row by row, as one picture (H, W, C)."""
+    """Tiles (n, h, w, C), row by row, as one picture (H, W, C) on white."""
     n, h, w, channels = pixels.shape
     rows = math.ceil(n / ncols)
     canvas = np.full((rows * (h + padding) - padding, ncols * (w + padding) - padding, channels),
-                     _GAP, np.uint8)
+                     255, np.uint8)
     for i, tile in enumerate(pixels):
         y, x = (i // ncols) * (h + padding), (i % ncols) * (w + padding)
         canvas[y:y + h, x:x + w] = tile
@@ -151,13 +150,9 @@ def side_by_side(left: Array, right: Array, distances: Array | None = None,
         if len(values) != n:
             raise ValueError(f"distances must hold one number per pair ({n}), got {len(values)}")
         size = max(12, pairs[0].shape[1] // 7)
-        pairs = [_with_caption(pair, f"{value:.3g}", size)
+        pairs = [_with_caption(pair, f"{value:#.3g}", size)
                  for pair, value in zip(pairs, values, strict=True)]
     return _to_pil(_tile(np.stack(pairs), ncols, padding=10))
-
-
-def _timed(frame: Any) -> tuple[float | None, Array]:
-    return frame if isinstance(frame, tuple) else (None, frame)
 
 
 def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float = 12,
@@ -177,7 +172,8 @@ def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float
     if len(frames) == 0:
         raise ValueError("animation needs at least one frame, got none")
     pictures = []
-    for t, images in map(_timed, frames):
+    for frame in frames:
+        t, images = frame if isinstance(frame, tuple) else (None, frame)
         picture = image_grid(images, **grid)
         if t is not None:
             canvas = np.asarray(picture).reshape(picture.height, picture.width, -1)
@@ -202,7 +198,7 @@ def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float
 def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    figure = Figure(figsize=(6, 3.4), layout="constrained")
     axes = figure.subplots()
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.spines[["top", "right"]].set_visible(False)
@@ -211,13 +207,15 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred moving average over an odd window, over what there is at the ends."""
-    box = np.ones(window)
-    return np.convolve(values, box, "same") / np.convolve(np.ones(len(values)), box, "same")
+def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
+    """Mean over up to `reach` neighbours on each side; over fewer at the ends."""
+    total = np.concatenate([[0.0], values.cumsum()])
+    i = np.arange(len(values))
+    low, high = np.maximum(i - reach, 0), np.minimum(i + reach + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
 
 
-def _finite(x: Any, name: str) -> np.ndarray:
+def _vector(x: Any, name: str) -> np.ndarray:
     values = torch.as_tensor(x).detach().cpu().double().flatten().numpy()
     if not np.isfinite(values).any():
         raise ValueError(f"{name} must hold at least one finite number, got {len(values)} others")
@@ -236,14 +234,14 @@ def loss_curve(steps: Any, losses: Any, eval_steps: Any = None, eval_losses: Any
     """
     figure, axes = _axes("training step", "loss")
     x, y = _curve(steps, losses, "losses")
-    odd_window = 2 * (len(y) // 100) + 1
-    smoothed = _smooth(y, odd_window)
+    reach = len(y) // 100
+    smoothed = _smooth(y, reach)
     thin = slice(None, None, max(1, len(y) // 4000))
-    if odd_window > 1:
-        axes.plot(x[thin], y[thin], color=_BLUE, alpha=0.22, linewidth=0.8, label="training, raw")
+    if reach:
+        axes.plot(x[thin], y[thin], color=_BLUE, alpha=0.3, linewidth=0.8, label="training, raw")
     axes.plot(x[thin], smoothed[thin], color=_BLUE, linewidth=1.8,
               marker="o" if len(y) == 1 else None,
-              label="training, smoothed" if odd_window > 1 else "training")
+              label="training, smoothed" if reach else "training")
     shown = [y]
     if eval_steps is not None and len(eval_steps):
         ex, ey = _curve(eval_steps, eval_losses, "eval_losses")
@@ -262,7 +260,7 @@ def loss_curve(steps: Any, losses: Any, eval_steps: Any = None, eval_losses: Any
 
 
 def _curve(steps: Any, values: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _finite(steps, "steps"), _finite([] if values is None else values, name)
+    x, y = _vector(steps, "steps"), _vector([] if values is None else values, name)
     if len(x) != len(y):
         raise ValueError(f"{name} must be as many as their steps ({len(x)}), got {len(y)}")
     keep = np.isfinite(y)
@@ -275,12 +273,12 @@ def histogram(values: Any, xlabel: str, mark: float | None = None,
 
     Errors: ValueError if no value is finite.
     """
-    x = _finite(values, "values")
+    x = _vector(values, "values")
     x = x[np.isfinite(x)]
     figure, axes = _axes(xlabel, "count")
     axes.hist(x, bins=min(60, max(10, math.ceil(2 * len(x) ** (1 / 3)))), color=_BLUE, alpha=0.75,
               edgecolor="white", linewidth=0.5)
-    if mark is not None:
+    if mark is not None and math.isfinite(mark):
         axes.axvline(mark, color=_ORANGE, linewidth=2, label=f"{mark_label} {mark:.4g}")
         axes.legend(frameon=False)
     return figure
@@ -308,8 +306,9 @@ p { max-width: 75ch; } .subtitle { color: var(--quiet); margin: .4em 0 0; font-s
 figure, .table, details { margin: 0; background: var(--card); border: 1px solid var(--line);
   border-radius: 12px; padding: 16px; }
 .wide { grid-column: 1 / -1; }
-figure img { display: block; max-width: min(100%, 920px); height: auto; margin: 0 auto; border-radius: 6px; }
-figcaption { color: var(--quiet); font-size: .92rem; margin: 12px 0 0; max-width: 90ch; }
+figure img { display: block; max-width: min(100%, 720px); height: auto; margin: 0 auto;
+  border-radius: 6px; }
+figcaption { color: var(--quiet); font-size: .92rem; margin: 12px 0 0; max-width: 110ch; }
 .table { overflow-x: auto; padding: 4px 16px; } .table + div, .figures + div { margin-top: 20px; }
 table { border-collapse: collapse; width: 100%; }
 caption { caption-side: bottom; text-align: left; color: var(--quiet); font-size: .92rem;
@@ -337,7 +336,7 @@ def _number(value: Any, error: Any) -> str:
         return html.escape(str(value))
     error = None if error is None else float(error)
     if error is None or not math.isfinite(error) or error <= 0:
-        return f"{float(value):.4g}"
+        return f"{float(value):#.4g}"
     digits = min(max(1 - math.floor(math.log10(error)), 0), 9)
     return f'{float(value):.{digits}f} <span class="error">± {error:.{digits}f}</span>'
 
@@ -348,7 +347,7 @@ def _encode(picture: Picture) -> bytes:
         return picture
     buffer = io.BytesIO()
     if hasattr(picture, "savefig"):
-        picture.savefig(buffer, format="png", dpi=150, metadata={"Software": None})  # type: ignore
+        picture.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # type: ignore
     else:
         picture.save(buffer, "PNG")  # type: ignore
     return buffer.getvalue()
@@ -460,15 +459,15 @@ def _write_atomic(path: PathLike, data: bytes) -> None:
 _METRICS = {
     "frechet_distance_pixels": (
         "Fréchet distance, pixels",
-        "Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
-        "better, but not 0 even for a perfect model with finitely many images."),
+        ("Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
+        "better, but not 0 even for a perfect model with finitely many images.")),
     "frechet_distance_pixels_train": (
         "Fréchet distance, pixels: real training images",
         "As many real images in place of the samples: what a perfect model would score."),
     "one_nn_accuracy": (
         "1-NN accuracy",
-        "How often the nearest neighbour tells samples from held-out real images. 0.5 is best: "
-        "they cannot be told apart; 1 means always told apart; near 0 means copies."),
+        ("How often the nearest neighbour tells samples from held-out real images. 0.5 is best: "
+        "they cannot be told apart; 1 means always told apart; near 0 means copies.")),
     "one_nn_accuracy_real": (
         "1-NN accuracy on real images",
         "Much lower than on samples: the samples are more alike than real images are."),
@@ -480,8 +479,8 @@ _METRICS = {
         "Real images in place of the samples: what a perfect model would score."),
     "nearest_train_distance": (
         "Distance to the nearest training image: samples",
-        "Mean Euclidean distance over pixels in [0, 1]. Much below the next row, samples are "
-        "suspect of being copies."),
+        ("Mean Euclidean distance over pixels in [0, 1]. Much below the next row, samples are "
+        "suspect of being copies.")),
     "nearest_train_distance_reference": (
         "Distance to the nearest training image: held-out images",
         "The same for real images that the model has not seen."),
@@ -500,12 +499,12 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
 
 
 def _bpd_row(bpd: Any) -> Row:
-    values = _finite(bpd, "bpd")
+    values = _vector(bpd, "bpd")
     n = len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
     return ("Bits per dimension", float(values.mean()), error,
-            f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
-            "uniform guess over the grey levels scores log2(levels).")
+            (f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
+            "uniform guess over the grey levels scores log2(levels)."))
 
 
 def _neighbor_figure(samples: Array, neighbors: tuple[Array, Array], pairs: int) -> Image:
@@ -546,18 +545,20 @@ def write_report(path: PathLike, *, title: str, subtitle: str = "", config_text:
     for images, what in ((samples, "samples of the model"), (real, "real images")):
         if images is not None:
             shown = images[:max_images]
-            report.figure(image_grid(shown), f"{len(shown)} {what}, not selected.", "Samples")
+            report.figure(image_grid(shown, padding=6), f"{len(shown)} {what}, not selected.",
+                          "Samples")
     if frames:
         picked = np.unique(np.linspace(0, len(frames) - 1, max_frames).round().astype(int))
-        report.figure(animation([frames[i] for i in picked], format="webp"),
+        report.figure(animation([frames[i] for i in picked], format="webp", padding=6),
                       "From noise to images, as the sampler takes the diffusion time t down. "
                       "Values outside [0, 1] are shown as black or white.", "Sampling")
+    curves = " and ".join(name for name, part in (("training", loss_history), ("likelihood", bpd))
+                          if part is not None).capitalize()
     if loss_history is not None:
-        report.figure(loss_curve(**loss_history), "Loss over training.",
-                      "Training and likelihood")
+        report.figure(loss_curve(**loss_history), "Loss over training.", curves)
     if bpd is not None:
         report.figure(histogram(bpd, "bits/dim", table[len(rows)][1]), "Bits per dimension of "
-                      "held-out images, one value per image.", "Training and likelihood")
+                      "held-out images, one value per image.", curves)
     if train_neighbors is not None and samples is not None:
         report.figure(_neighbor_figure(samples, train_neighbors, max_pairs), "The samples that "
                       f"come closest to a training image, of {len(samples)}: each on the left, "

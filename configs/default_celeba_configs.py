@@ -1,11 +1,9 @@
 """Defaults of the CelebA experiments at 64 x 64 pixels."""
 
-import ml_collections
-
 from configs.families import published
 
 
-def get_default_configs() -> ml_collections.ConfigDict:
+def get_default_configs():
     """Return every key, with the values that the CelebA experiments share."""
     config = published()
     config.data.update(dataset="CELEBA", image_size=64)

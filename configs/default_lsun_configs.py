@@ -1,11 +1,9 @@
 """Defaults of the LSUN, FFHQ and CelebA-HQ experiments at 256 x 256 pixels."""
 
-import ml_collections
-
 from configs.families import published
 
 
-def get_default_configs() -> ml_collections.ConfigDict:
+def get_default_configs():
     """Return every key, with the values that the LSUN experiments share."""
     config = published()
     config.training.update(batch_size=64, n_iters=2400001, snapshot_freq_for_preemption=5000)

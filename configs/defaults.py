@@ -5,11 +5,13 @@ No value is None or a list: neither can be overridden from the command line. Tab
 tuples, and an empty string, 0 or -1 stands for "choose for me" where the comment says so.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections import config_dict
 
 
-def get_default_configs() -> ml_collections.ConfigDict:
+def get_default_configs() -> Any:
     """Return a fresh, unlocked ConfigDict that holds every known key."""
     return ml_collections.ConfigDict(
         {

@@ -93,7 +93,7 @@ _RANGES: dict[str, _Range] = {
 }
 
 
-def complete(config: Any) -> ml_collections.ConfigDict:
+def complete(config: Any) -> Any:
     """Return a new ConfigDict with every known key, checked; the input is left as it is.
 
     ``config`` is a ConfigDict, a mapping or a namespace, with sections of any of these kinds and
@@ -143,7 +143,7 @@ def _resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _defaults_for(given: dict[str, Any]) -> ml_collections.ConfigDict:
+def _defaults_for(given: dict[str, Any]) -> Any:
     config = defaults.get_default_configs()
     if given.get("training.sde") in ("vpsde", "subvpsde"):
         config = families.vp(config)
@@ -151,7 +151,7 @@ def _defaults_for(given: dict[str, Any]) -> ml_collections.ConfigDict:
     return config if "device" in given else families.on_best_device(config)
 
 
-def _assign(config: ml_collections.ConfigDict, key: str, value: Any) -> None:
+def _assign(config: Any, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
         config = config[section]
@@ -190,26 +190,32 @@ def _cast(key: str, value: Any, default: Any) -> Any:
         return _as_device(value)
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         value = value.item()  # a NumPy or torch scalar
-    kind = type(default)
-    if kind is tuple:
-        number = int | float if key == "model.fir_kernel" else int
+    kind = type(default).__name__
+    number = not isinstance(value, bool) and isinstance(value, int | float)
+    if kind == "tuple":
+        entries = (int, float) if key == "model.fir_kernel" else int
         fits = isinstance(value, list | tuple) and all(
-            isinstance(v, number) and not isinstance(v, bool) for v in value
+            isinstance(v, entries) and not isinstance(v, bool) for v in value
         )
-        expected = "a tuple of numbers" if key == "model.fir_kernel" else "a tuple of integers"
-    elif kind is float:
-        fits = isinstance(value, int | float) and not isinstance(value, bool)
-        fits = fits and math.isfinite(value)
-        expected = "a finite number"
+    elif kind == "float":
+        fits = number and math.isfinite(value)
+    elif kind == "int":
+        fits = number and isinstance(value, int)
     else:
-        fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-        expected = {bool: "True or False", int: "an integer", str: "a string"}[kind]
+        fits = isinstance(value, type(default))
     if not fits:
+        expected = {
+            "tuple": "a tuple of integers",
+            "float": "a finite number",
+            "int": "an integer",
+            "bool": "True or False",
+            "str": "a string",
+        }[kind]
         raise ValueError(
             f"config.{key}: expected {expected}, got {value!r} of type {type(value).__name__}; "
             f"the default is {default!r}"
         )
-    return kind(value)
+    return type(default)(value)
 
 
 def _as_device(value: Any) -> Any:

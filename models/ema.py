@@ -63,7 +63,7 @@ class ExponentialMovingAverage:
     @torch.no_grad()
     def restore(self, parameters: Iterable) -> None:
         """Put back what `store` kept, and let go of it."""
-        if not self.collected_params:
+        if not self.collected_params and self.shadow_params:
             raise RuntimeError("restore() without store(): nothing is kept")
         for kept, param in zip(self.collected_params, self._match(parameters), strict=True):
             param.copy_(kept)

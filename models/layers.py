@@ -47,9 +47,43 @@ def num_groups(channels: int) -> int:
     return next(g for g in range(most, 0, -1) if channels % g == 0)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """Group normalisation with `num_groups(channels)` groups and eps = 1e-6 (Wu & He 2018)."""
-    return nn.GroupNorm(num_groups=num_groups(channels), num_channels=channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """Group normalisation (Wu & He 2018), in float32 where the input has 16 bits on a CPU.
+
+    There torch's mixed kernel is two to five times slower than the two conversions.
+    """
+
+    def forward(self, input):
+        if input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16):
+            parameters = (self.weight.float(), self.bias.float())
+            h = F.group_norm(input.float(), self.num_groups, *parameters, self.eps)
+            return h.to(input.dtype)
+        return super().forward(input)
+
+
+def group_norm(channels: int) -> GroupNorm:
+    """Group normalisation with `num_groups(channels)` groups and eps = 1e-6."""
+    return GroupNorm(num_groups=num_groups(channels), num_channels=channels, eps=1e-6)
+
+
+class Dropout(nn.Dropout):
+    """Dropout (Srivastava et al. 2014) with masks of 16 bits an element on a CPU.
+
+    One random word decides four elements, three times as fast as torch's; p is rounded to a
+    multiple of 2^-16.
+    """
+
+    def forward(self, input):
+        x = input
+        dense = x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+        if not (self.training and x.device.type == "cpu" and dense and 0 < self.p < 1):
+            return super().forward(x)
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
+        bits = words.view(torch.int16)[: x.numel()].as_strided(x.shape, x.stride())
+        keep = (bits >= round(self.p * 2**16) - 2**15).to(x.dtype)
+        return x * keep.mul_(1 / (1 - self.p))
 
 
 def _init_weight_(weight: torch.Tensor, scale: float) -> torch.Tensor:
@@ -79,13 +113,17 @@ def init_like_ddpm(layer, scale: float = 1.0):
     return layer
 
 
-def ddpm_conv1x1(in_planes, out_planes, stride=1, bias=True, init_scale=1.0, padding=0):
+def ddpm_conv1x1(
+    in_planes, out_planes, stride=1, bias=True, init_scale=1.0, padding=0
+) -> nn.Conv2d:
     """A 1x1 convolution (B, in, H, W) -> (B, out, H, W) with DDPM's initialisation."""
     conv = nn.Conv2d(in_planes, out_planes, 1, stride=stride, padding=padding, bias=bias)
     return init_like_ddpm(conv, init_scale)
 
 
-def ddpm_conv3x3(in_planes, out_planes, stride=1, bias=True, dilation=1, init_scale=1.0, padding=1):
+def ddpm_conv3x3(
+    in_planes, out_planes, stride=1, bias=True, dilation=1, init_scale=1.0, padding=1
+) -> nn.Conv2d:
     """A 3x3 convolution (B, in, H, W) -> (B, out, H, W) with DDPM's initialisation."""
     conv = nn.Conv2d(
         in_planes, out_planes, 3, stride=stride, padding=padding, dilation=dilation, bias=bias
@@ -124,8 +162,8 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
         # and unlike it has a forward-mode and a second derivative.
         weights = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2)).softmax(dim=-1)
         return torch.bmm(weights.to(v.dtype), v)
-    one_head = (t.unsqueeze(1) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*one_head).squeeze(1)
+    q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).squeeze(1)
 
 
 def get_timestep_embedding(timesteps, embedding_dim: int, max_positions: float = 10000):

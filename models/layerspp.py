@@ -11,6 +11,7 @@ from torch import nn
 from . import up_or_down_sampling as resampling
 from .layers import (
     NIN,
+    Dropout,
     attention,
     ddpm_conv1x1,
     ddpm_conv3x3,
@@ -197,7 +198,7 @@ class ResnetBlockDDPMpp(nn.Module):
         if temb_dim is not None:
             self.Dense_0 = dense(temb_dim, out_ch)
         self.GroupNorm_1 = group_norm(out_ch)
-        self.Dropout_0 = nn.Dropout(dropout)
+        self.Dropout_0 = Dropout(dropout)
         self.Conv_1 = conv3x3(out_ch, out_ch, init_scale=init_scale)
         if in_ch != out_ch and conv_shortcut:
             self.Conv_2 = conv3x3(in_ch, out_ch)
@@ -248,7 +249,7 @@ class ResnetBlockBigGANpp(nn.Module):
         if temb_dim is not None:
             self.Dense_0 = dense(temb_dim, out_ch)
         self.GroupNorm_1 = group_norm(out_ch)
-        self.Dropout_0 = nn.Dropout(dropout)
+        self.Dropout_0 = Dropout(dropout)
         self.Conv_1 = conv3x3(out_ch, out_ch, init_scale=init_scale)
         if in_ch != out_ch or up or down:
             self.Conv_2 = conv1x1(in_ch, out_ch)
@@ -281,7 +282,8 @@ class ResnetBlockBigGANpp(nn.Module):
             # Resampling commutes with a 1x1 convolution, which is cheaper at the small size; not
             # with its bias, since a FIR filter darkens the border.
             y = _resample(F.conv2d(x, self.Conv_2.weight), fir_kernel, up=True)
-            return y.add_(self.Conv_2.bias.reshape(-1, 1, 1))
+            bias: torch.Tensor = self.Conv_2.bias  # type: ignore[assignment]
+            return y.add_(bias.reshape(-1, 1, 1))
         if self.down:
             x = _resample(x, fir_kernel, up=False)
         return self.Conv_2(x) if self.in_ch != self.out_ch or self.down else x

@@ -102,7 +102,7 @@ class Architecture:
             )
         norm = config.model.get("normalization", "GroupNorm")
         if norm != "GroupNorm":
-            raise ValueError(f"NCSNpp needs model.normalization 'GroupNorm', got {norm!r}")
+            raise ValueError(f"NCSNpp needs model.normalization 'GroupNorm', got {norm!r}; use it")
 
     @property
     def stride(self) -> int:
@@ -115,12 +115,12 @@ class Architecture:
 
     def block(self, in_ch: int, out_ch: int, **resampling) -> nn.Module:
         """A residual block; `up=True` or `down=True` (BigGAN's only) resamples."""
-        options: dict[str, Any] = dict(
-            temb_dim=4 * self.nf,
-            dropout=self.dropout,
-            skip_rescale=self.skip_rescale,
-            init_scale=self.init_scale,
-        )
+        options: dict[str, Any] = {
+            "temb_dim": 4 * self.nf,
+            "dropout": self.dropout,
+            "skip_rescale": self.skip_rescale,
+            "init_scale": self.init_scale,
+        }
         if self.resblock_type == "ddpm":
             return ResnetBlockDDPMpp(self.act, in_ch, out_ch, **options)
         options.update(fir=self.fir, fir_kernel=self.fir_kernel, **resampling)
@@ -299,11 +299,11 @@ class UpStage(nn.Module):
         self.residual = arch.progressive == "residual"
         self.skip_rescale = arch.skip_rescale
         self.out_ch = self.pyramid_out_ch = ch
-        is_top = level == len(arch.ch_mult) - 1
+        is_first = level == len(arch.ch_mult) - 1
         if arch.progressive == "output_skip":
             self.head = Head(arch, ch, arch.channels, arch.init_scale)
-            self.pyramid_upsample = None if is_top else arch.resample(up=True, with_conv=False)
-        elif self.residual and is_top:
+            self.pyramid_upsample = None if is_first else arch.resample(up=True, with_conv=False)
+        elif self.residual and is_first:
             self.head = Head(arch, ch, ch, init_scale=1.0)
         elif self.residual:
             self.pyramid_upsample = arch.resample(True, True, pyramid_ch, ch)
@@ -403,7 +403,8 @@ class NCSNpp(nn.Module):
         for stage in self.up:
             h, pyramid = stage(h, temb, pyramid, skips)
 
-        h = (pyramid if self.out is None else self.out(h)).to(x.dtype)
+        h = pyramid if self.out is None else self.out(h)
+        h = h.to(x.dtype)  # type: ignore[union-attr]
         if self.scale_by_sigma:
             sigma = time_cond if self.labels_are_sigmas else self.sigmas[time_cond.long()]
             h = h / expand_to(sigma, h).to(h.dtype)

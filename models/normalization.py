@@ -23,6 +23,7 @@ def get_normalization(config, conditional: bool = False):
     if name not in known:
         kind = "conditional normalisation" if conditional else "normalisation"
         raise ValueError(
-            f"model.normalization needs the name of a {kind}, one of {sorted(known)}, got {name!r}"
+            f"model.normalization needs the name of a {kind}, one of {sorted(known)}, "
+            f"got {name!r}; see models/normalization.py"
         )
     return known[name]

@@ -69,7 +69,7 @@ def _fir_down(x: torch.Tensor, taps, factor: int, before: int, after: int) -> to
 
     def operation(x):
         common = max(0, min(before, after))
-        if before != after:
+        if not before == after == common:
             extra = (before - common, after - common)
             x = F.pad(x, extra + extra)
         weight = _filter(taps, True, x)
@@ -85,7 +85,7 @@ def _fir_up(x: torch.Tensor, taps, factor: int, before: int, after: int) -> torc
         common = max(0, min(before, after))
         weight = _filter(taps, False, x)
         y = F.conv_transpose2d(x, weight, stride=factor, padding=common, groups=x.shape[1])
-        if before == after:
+        if before == after == common:
             return y
         extra = (common - before, common - after)
         return F.pad(y, extra + extra)
@@ -93,7 +93,7 @@ def _fir_up(x: torch.Tensor, taps, factor: int, before: int, after: int) -> torc
     return _in_fast_dtype(operation, x)
 
 
-def upsample_2d(x, k=None, factor=2, gain=1):
+def upsample_2d(x, k=None, factor=2, gain: float = 1):
     """Upsample images by a FIR filter, (B, C, H, W) -> (B, C, factor·H, factor·W).
 
     Args:
@@ -108,7 +108,7 @@ def upsample_2d(x, k=None, factor=2, gain=1):
     return _fir_up(x, taps, factor, p // 2, (p + 1) // 2)
 
 
-def downsample_2d(x, k=None, factor=2, gain=1):
+def downsample_2d(x, k=None, factor=2, gain: float = 1):
     """Downsample images by a FIR filter, (B, C, H, W) -> (B, C, H/factor, W/factor).
 
     Arguments as in `upsample_2d`; the default filter is average pooling.
@@ -161,7 +161,7 @@ def _check_weight(w) -> None:
         )
 
 
-def upsample_conv_2d(x, w, k=None, factor=2, gain=1):
+def upsample_conv_2d(x, w, k=None, factor=2, gain: float = 1):
     """Insert zeros, correlate with `w`, filter: (B, C, H, W) -> (B, out, factor·H, factor·W).
 
     Away from the border equal to `conv2d(upsample_2d(x, k, factor, gain), w)` with n // 2 pixels
@@ -183,7 +183,7 @@ def upsample_conv_2d(x, w, k=None, factor=2, gain=1):
     return _fir_down(y, taps, 1, (p + 1) // 2 + factor - 1, p // 2 + factor - 1)
 
 
-def conv_downsample_2d(x, w, k=None, factor=2, gain=1, *, bias=None):
+def conv_downsample_2d(x, w, k=None, factor=2, gain: float = 1, *, bias=None):
     """Filter, then correlate with `w` strided: (B, C, H, W) -> (B, out, H/factor, W/factor).
 
     Away from the border equal to `downsample_2d(conv2d(x, w), k, factor, gain)`. Arguments as in

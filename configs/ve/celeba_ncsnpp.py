@@ -1,12 +1,10 @@
 """NCSN++ with the discrete VE SDE (SMLD) on CelebA at 64 x 64 pixels."""
 
-import ml_collections
-
 from configs.default_celeba_configs import get_default_configs
 from configs.families import ncsnpp, ve
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
     """Return the configuration of the experiment."""
     config = ve(ncsnpp(get_default_configs()))
     config.training.continuous = False

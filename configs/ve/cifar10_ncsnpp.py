@@ -1,12 +1,10 @@
 """NCSN++ with the discrete VE SDE (SMLD) on CIFAR-10."""
 
-import ml_collections
-
 from configs.default_cifar10_configs import get_default_configs
 from configs.families import ncsnpp, ve
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
     """Return the configuration of the experiment."""
     config = ve(ncsnpp(get_default_configs()))
     config.training.continuous = False

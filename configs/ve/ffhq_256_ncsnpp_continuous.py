@@ -1,12 +1,10 @@
 """NCSN++ with the VE SDE on FFHQ at 256 x 256 pixels."""
 
-import ml_collections
-
 from configs.default_lsun_configs import get_default_configs
 from configs.families import ncsnpp_256
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
     """Return the configuration of the experiment."""
     config = ncsnpp_256(get_default_configs())
     config.data.dataset = "FFHQ"

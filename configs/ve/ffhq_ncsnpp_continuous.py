@@ -1,12 +1,10 @@
 """NCSN++ with the VE SDE on FFHQ at 1024 x 1024 pixels."""
 
-import ml_collections
-
 from configs.default_lsun_configs import get_default_configs
 from configs.families import ncsnpp_1024
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
     """Return the configuration of the experiment."""
     config = ncsnpp_1024(get_default_configs())
     config.training.reduce_mean = True

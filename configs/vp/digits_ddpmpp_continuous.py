@@ -1,25 +1,33 @@
 """DDPM++ with the VP SDE on scikit-learn's 8 x 8 digits: a first run of minutes on a CPU."""
 
-import ml_collections
-
 from configs import defaults
 from configs.families import ddpmpp, on_best_device, vp
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config():
     """Return the configuration of the experiment."""
     config = vp(ddpmpp(on_best_device(defaults.get_default_configs())))
-    config.training.update(n_iters=4000, snapshot_freq=4000, snapshot_freq_for_preemption=1000)
-    config.data.update(dataset="digits", image_size=8, num_channels=1, levels=17, random_flip=False)
+    config.training.update(
+        n_iters=2600, snapshot_freq=2600, snapshot_freq_for_preemption=500, eval_freq=200
+    )
+    config.data.update(
+        dataset="digits",
+        image_size=8,
+        num_channels=1,
+        levels=17,
+        random_flip=False,
+        uniform_dequantization=True,
+    )
     config.model.update(
         nf=32,
         ch_mult=(1, 2),
         num_res_blocks=2,
         attn_resolutions=(4,),
-        dropout=0.1,
+        dropout=0.0,
         ema_rate=0.995,
     )
     config.optim.update(lr=1e-3, warmup=200)
+    config.sampling.steps = 300
     config.eval.update(
         begin_ckpt=-1,
         end_ckpt=-1,
@@ -28,5 +36,8 @@ def get_config() -> ml_collections.ConfigDict:
         enable_sampling=True,
         enable_bpd=True,
         num_samples=300,
+        bpd_repeats=1,
+        rtol=1e-4,
+        atol=1e-4,
     )
     return config

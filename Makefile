@@ -1,0 +1,34 @@
+# Everything on a fresh machine with Python >= 3.10: `make demo`, `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := configs/vp/digits_ddpmpp_continuous.py
+
+.PHONY: env demo test test-slow lint clean
+
+env: $(VENV)/.ready
+
+$(VENV)/.ready: setup.py
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "expected Python >= 3.10, got " + sys.version.split()[0] + "; set PYTHON=python3.x")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --progress-bar off --quiet -e '.[test]'
+	touch $@
+
+demo: env
+	$(BIN)/python main.py --config $(DEMO) --workdir runs/demo --mode train
+	$(BIN)/python main.py --config $(DEMO) --workdir runs/demo --mode eval
+	@echo "The report: runs/demo/report.html"
+
+lint: env
+	$(BIN)/ruff check .
+	$(BIN)/pyright --warnings
+
+test: lint
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --durations=10
+
+test-slow: env
+	$(BIN)/python -m pytest -m slow --durations=10
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo
