@@ -227,8 +227,8 @@ class Evaluation:
             neighbors = (train[indices.flatten()], distances.flatten())
         visualize.write_report(
             workdir / "report.html",
-            title=f"{self.config.training.sde} on {self.eval_set.name}",
-            subtitle=f"checkpoint {number}, step {results['step']:,}, in {workdir}",
+            title=f"{self.config.training.sde} on {self.eval_set.name.split('/')[0]}",
+            subtitle=f"{workdir.name}, checkpoint {number}, step {results['step']:,}",
             config_text=json.dumps(plain(self.config), indent=2),
             samples=samples,
             real=None if samples is None else self._real(self.eval_set, min(len(self.eval_set), 64)),
@@ -237,6 +237,7 @@ class Evaluation:
             frames=self.frames or None,
             bpd=None if bpd is None else bpd.mean(axis=0),
             metrics=results.get("metrics"),
+            max_pairs=300 if self.config.data.image_size <= 16 else 48,
         )
 
 

@@ -514,7 +514,8 @@ def _neighbor_figure(samples: Array, neighbors: tuple[Array, Array], pairs: int)
         raise ValueError(f"train_neighbors must hold one image and one distance per sample "
                          f"({len(left)}), got {len(right)} and {distances.numel()}")
     closest = distances.flatten().argsort()[:pairs]
-    return side_by_side(left[closest], right[closest], distances.flatten()[closest], ncols=6)
+    return side_by_side(left[closest], right[closest], distances.flatten()[closest],
+                        ncols=6 if len(closest) <= 48 else 12)
 
 
 def write_report(path: PathLike, *, title: str, subtitle: str = "", config_text: str | None = None,

@@ -21,6 +21,8 @@ def get_default_configs() -> Any:
             "data": _data(),
             "model": _model(),
             "optim": _optim(),
+            # what a process, network or sampler of your own reads: any keys, never checked
+            "extra": {},
             # seed of everything random: weights, data order, noise, samples
             "seed": 42,
             # 'auto' (the first GPU, else the CPU), a name such as 'cuda:1', or a torch.device
@@ -178,6 +180,10 @@ def _model() -> dict:
         "scale_by_sigma": True,
         # condition on time
         "conditional": True,
+        # classes of a class-conditional network; 0 = it takes no class labels
+        "num_classes": 0,
+        # share of the class labels dropped in training, for classifier-free guidance
+        "label_dropout": 0.0,
         # normalisation layer
         "normalization": "GroupNorm",
         # activation: 'swish', 'elu', 'relu' or 'lrelu'

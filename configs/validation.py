@@ -27,8 +27,6 @@ NEVER_READ = {
     "training.loss": "vesde",
 }
 
-SAMPLING_METHODS = ("pc", "ode", "dpm_solver_adaptive", "gotta_go_fast")
-
 _Range = tuple[str, Callable[[Any], bool]]
 _AT_LEAST_1: _Range = ("a number >= 1", lambda v: v >= 1)
 _AT_LEAST_0: _Range = ("a number >= 0", lambda v: v >= 0)
@@ -49,10 +47,7 @@ _RANGES: dict[str, _Range] = {
     "training.num_snapshot_samples": _AT_LEAST_0,
     "training.eps": _POSITIVE,
     "training.max_nonfinite": _AT_LEAST_0,
-    "sampling.method": (
-        f"one of {', '.join(SAMPLING_METHODS)}",
-        lambda v: v.lower() in SAMPLING_METHODS,
-    ),
+    "sampling.method": _NAME,
     "sampling.n_steps_each": _AT_LEAST_0,
     "sampling.snr": _AT_LEAST_0,
     "sampling.steps": _AT_LEAST_0,
@@ -78,6 +73,8 @@ _RANGES: dict[str, _Range] = {
     "model.num_scales": _AT_LEAST_1,
     "model.ema_rate": _BELOW_1,
     "model.dropout": _BELOW_1,
+    "model.num_classes": _AT_LEAST_0,
+    "model.label_dropout": _BELOW_1,
     "model.nf": _AT_LEAST_1,
     "model.ch_mult": ("one or more integers >= 1", lambda v: v and min(v) >= 1),
     "model.num_res_blocks": _AT_LEAST_1,
@@ -100,7 +97,8 @@ def complete(config: Any) -> Any:
     any of the known keys. A key that is missing or None takes its default, which is that of the
     VP family where ``training.sde`` is 'vpsde' or 'subvpsde' and of the VE family elsewhere. The
     keys of ``ALIASES`` stand for others. Those of ``NEVER_READ`` are accepted with their published
-    value. ``device`` becomes a torch.device. Completing twice changes nothing.
+    value; those of ``extra`` are the user's own. ``device`` becomes a torch.device. Completing twice
+    changes nothing.
 
     Raises ValueError for an unknown key (naming the nearest one), for a value of the wrong type or
     out of range, and for a never-read key that asks for something else than what is published.
@@ -113,7 +111,7 @@ def complete(config: Any) -> Any:
             _check_never_read(key, value)
         elif key in known:
             value = _cast(key, value, known[key])
-        else:
+        elif not key.startswith("extra."):
             raise ValueError(_unknown(key, list(known)))
         _assign(result, key, value)
     _check_ranges(dict(flatten(result)), known)
@@ -154,6 +152,8 @@ def _defaults_for(given: dict[str, Any]) -> Any:
 def _assign(config: Any, key: str, value: Any) -> None:
     *sections, name = key.split(".")
     for section in sections:
+        if section not in config:
+            config[section] = ml_collections.ConfigDict()
         config = config[section]
     config[name] = value
 
