@@ -4,34 +4,41 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from checkpoints_import import for_state, from_list, reader
 from models.utils import unwrap
 
 VERSION = 1
 
 
 def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> None:
-    """Write optimizer, model, EMA and step of a training state to `path`.
-
-    The file is complete or absent: it is written beside its place, flushed and renamed.
-    """
-    saved: dict[str, Any] = {"version": VERSION, "step": int(state["step"])}
-    saved["model"] = unwrap(state["model"]).state_dict()
-    for name in ("optimizer", "ema"):
-        if name in state:
-            saved[name] = state[name].state_dict()
+    """Write optimizer, model, EMA and step of a training state to `path`, atomically."""
+    saved = {"version": VERSION, **content_of(state)}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: torch.save(saved, file))
+
+
+def content_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint of a training state holds: model, step, and optimizer and ema if any."""
+    content: dict[str, Any] = {"step": int(state["step"])}
+    content["model"] = unwrap(state["model"]).state_dict()
+    content.update({k: state[k].state_dict() for k in ("optimizer", "ema") if k in state})
+    return content
+
+
+def write_atomically(path: Path, write: Callable[[Any], Any]) -> None:
+    """`write(file)` beside `path`, flush, and rename: the file is complete or absent."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(saved, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -43,6 +50,9 @@ def restore_checkpoint(path: str | os.PathLike, state: dict, device=None) -> dic
     """Load `path` into the objects of `state` and return it; a missing file warns and changes
     nothing, which is how every training of score_sde's family starts.
 
+    The file may be ours, or one of score_sde_pytorch, score_sde (JAX), NCSNv2, safetensors or
+    diffusers, told apart by what they hold. An average that the file lacks starts at its weights.
+
     Raises: ValueError for a file that is no checkpoint, or that belongs to another network: its
       message lists the keys that differ. Nothing is loaded then.
     """
@@ -51,33 +61,45 @@ def restore_checkpoint(path: str | os.PathLike, state: dict, device=None) -> dic
         path.parent.mkdir(parents=True, exist_ok=True)
         warnings.warn(f"no checkpoint at {path}; the state is returned as it was", stacklevel=2)
         return state
-    saved = load_file(path, device)
     model = unwrap(state["model"])
-    weights = {key.removeprefix("module."): value for key, value in saved["model"].items()}
-    _check_weights(path, model.state_dict(), weights)
-    for name in ("ema", "optimizer"):  # these check before they take over, so they go first
-        if name in state and name in saved:
-            state[name].load_state_dict(saved[name])
-    model.load_state_dict(weights)
+    saved = for_state(path, load_file(path, device), {**state, "model": model})
+    parts = [name for name in ("ema", "optimizer") if name in state and name in saved]
+    if "optimizer" in parts:
+        _check_groups(path, state["optimizer"].state_dict(), saved["optimizer"])
+    for name in parts:  # the average checks before it takes over, so it goes first
+        state[name].load_state_dict(saved[name])
+    model.load_state_dict(saved["model"])
     state["step"] = int(saved["step"])
     return state
 
 
 def load_file(path: str | os.PathLike, device=None) -> dict[str, Any]:
-    """The content of a checkpoint file, on `device`, tensors and plain containers only."""
+    """The content of a checkpoint of any known format, under its own names: 'model', 'step', and
+    'optimizer' and 'ema' where it has them; tensors and plain containers only."""
+    read = reader(Path(path)) or (lambda path: _torch_load(path, device))
+    saved = read(Path(path))
+    if isinstance(saved, list):
+        saved = from_list(path, saved)
+    if not isinstance(saved, dict) or not {"model", "step"} <= saved.keys():
+        got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{path}: expected a checkpoint with 'model' and 'step', got {got}")
+    for name in ("model", "optimizer", "ema"):
+        if not isinstance(saved.get(name, {}), dict):
+            kind = type(saved[name]).__name__
+            raise ValueError(f"{path}: expected {name!r} to be a state dict, got {kind}")
+    for group in saved.get("optimizer", {}).get("param_groups", ()):
+        group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
+    return saved
+
+
+def _torch_load(path, device) -> Any:
     try:
         with torch.serialization.safe_globals(_numpy_scalars()):
-            saved = torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:  # damaged bytes fail in a dozen ways
         raise ValueError(
             f"{path} is not a checkpoint that can be read (truncated, or of another kind): {error}"
         ) from error
-    if not isinstance(saved, dict) or not {"model", "step"} <= saved.keys():
-        got = sorted(map(str, saved)) if isinstance(saved, dict) else type(saved).__name__
-        raise ValueError(f"{path}: expected a checkpoint with 'model' and 'step', got {got}")
-    for group in saved.get("optimizer", {}).get("param_groups", ()):
-        group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
-    return saved
 
 
 def _numpy_scalars() -> list:
@@ -88,22 +110,10 @@ def _numpy_scalars() -> list:
     return [np.dtype, type(np.dtype(np.float64)), *((scalar, name) for name in names)]
 
 
-def _check_weights(path, expected: Mapping, got: Mapping) -> None:
-    missing = [key for key in expected if key not in got]
-    unknown = [key for key in got if key not in expected]
-    shapes = [
-        f"{key}: {tuple(got[key].shape)} instead of {tuple(expected[key].shape)}"
-        for key in expected
-        if key in got and got[key].shape != expected[key].shape
-    ]
-    if missing or unknown or shapes:
-        parts = [
-            f"{len(keys)} {what}: {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''}"
-            for what, keys in (
-                ("missing", missing),
-                ("not of this network", unknown),
-                ("of another shape", shapes),
-            )
-            if keys
-        ]
-        raise ValueError(f"{path} belongs to another network or configuration; {'; '.join(parts)}")
+def _check_groups(path, expected: Mapping, got: Mapping) -> None:
+    sizes = [[len(g["params"]) for g in d.get("param_groups", ())] for d in (expected, got)]
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{path}: expected an optimizer of parameter groups of {sizes[0]} parameters, "
+            f"got {sizes[1]}"
+        )

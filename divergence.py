@@ -30,10 +30,11 @@ def value_and_divergence(fn: Callable, x: torch.Tensor, probe: torch.Tensor):
 
     Shapes: x, probe and f(x) are (B, *), the divergence is (B,).
     """
-    with torch.enable_grad():
-        x = x.detach().requires_grad_(True)
+    # In inference mode autograd records nothing, and the divergence would be zero.
+    with torch.inference_mode(False), torch.enable_grad():
+        x = (x.clone() if x.is_inference() else x).detach().requires_grad_(True)
         value = fn(x)
         if not value.requires_grad:
-            return value, torch.zeros_like(value[:, 0].reshape(len(x), -1)[:, 0])
+            return value, value.new_zeros(len(x))
         (vjp,) = torch.autograd.grad(value, x, probe, materialize_grads=True)
     return value.detach(), sum_except_batch(vjp * probe)

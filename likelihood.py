@@ -65,10 +65,16 @@ def get_log_likelihood_fn(
     if not 0 < eps < sde.T:
         raise ValueError(f"likelihood needs 0 < eps < {sde.T}, got {eps}; use 1e-5")
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def log_likelihood(model, data):
+        if not data.is_floating_point():
+            raise ValueError(
+                f"likelihood needs dequantised data in floating point, got {data.dtype}; "
+                "add uniform noise of one level's width and scale as in training"
+            )
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-        rsde = sde.reverse(score_fn, probability_flow=True)
+        rsde = sde.reverse(_watched(score_fn), probability_flow=True)
         probe = draw_probe(data)
 
         def rhs(t, state):
@@ -82,6 +88,22 @@ def get_log_likelihood_fn(
         return sde.prior_logp(z) + delta, z, nfe
 
     return log_likelihood
+
+
+def _watched(score_fn: Callable) -> Callable:
+    """`score_fn`, refused where autograd cannot see that it depends on x: the divergence would
+    silently lack its part."""
+
+    def watched(x, t):
+        score = score_fn(x, t)
+        if not score.requires_grad and not torch.equal(score, score_fn(x + 0.1, t)):
+            raise ValueError(
+                "the network's output depends on x but carries no gradient, which the likelihood "
+                "needs; remove torch.no_grad or detach from its forward"
+            )
+        return score
+
+    return watched
 
 
 def get_likelihood_fn(
@@ -110,5 +132,3 @@ def get_likelihood_fn(
         return bits_per_dim(logp, data[0].numel(), inverse_scaler, levels), z, nfe
 
     return likelihood_fn
-
-

@@ -68,12 +68,12 @@ def get_sde_loss_fn(
     likelihood_weighting: bool = True,
     eps: float = 1e-5,
 ) -> Callable:
-    """loss_fn(model, batch): denoising score matching over continuous time, for any process.
+    """loss_fn(model, batch, **conditions): denoising score matching, for any process.
 
         E_t E_z w(t) ‖s(x_t, t) + z/σ_t‖²,   t ~ U(eps, T)
 
     with w = σ² (Song et al. 2021, eq. 7), or w = g² which bounds the negative log-likelihood
-    (Song, Durkan, Murray & Ermon 2021).
+    (Song, Durkan, Murray & Ermon 2021). `conditions`, such as class labels y, go to the network.
 
     Args:
       sde: the forward process.
@@ -86,13 +86,13 @@ def get_sde_loss_fn(
     if not 0 <= eps < sde.T:
         raise ValueError(f"the loss needs 0 ≤ eps < {sde.T}, got {eps}; use 1e-5")
 
-    def loss_fn(model, batch):
+    def loss_fn(model, batch, **conditions):
         score_fn = get_score_fn(sde, model, train=train, continuous=continuous)
         t = torch.rand(batch.shape[0], device=batch.device) * (sde.T - eps) + eps
         z = torch.randn_like(batch)
         mean, std = sde.marginal_prob(batch, t)
         std = expand(std, batch)
-        score = score_fn(mean + std * z, t)
+        score = score_fn(mean + std * z, t, **conditions)
         if not likelihood_weighting:
             return _reduce(torch.square(score * std + z), reduce_mean).mean()
         g2 = sde.sde(torch.zeros_like(batch), t)[1] ** 2
@@ -102,32 +102,37 @@ def get_sde_loss_fn(
 
 
 def get_smld_loss_fn(vesde, train: bool, reduce_mean: bool = False) -> Callable:
-    """loss_fn(model, batch): SMLD's loss over N discrete noise levels (Song & Ermon 2019)."""
+    """loss_fn(model, batch, **conditions): SMLD's loss over N noise levels (Song & Ermon 2019)."""
     if not isinstance(vesde, sde_lib.VESDE):
-        raise ValueError(f"SMLD training needs a VESDE, got {type(vesde).__name__}; use continuous=True")
+        raise ValueError(
+            f"SMLD training needs a VESDE, got {type(vesde).__name__}; use continuous=True"
+        )
     sigmas = torch.flip(vesde.discrete_sigmas, dims=(0,))  # labels run from the largest σ down
 
-    def loss_fn(model, batch):
+    def loss_fn(model, batch, **conditions):
         labels = torch.randint(0, vesde.N, (batch.shape[0],), device=batch.device)
         sigma = expand(sde_lib.lookup(sigmas, labels), batch)
         noise = torch.randn_like(batch) * sigma
-        score = get_model_fn(model, train=train)(batch + noise, labels)
+        score = get_model_fn(model, train=train)(batch + noise, labels, **conditions)
         return _reduce(torch.square(score * sigma + noise / sigma), reduce_mean).mean()
 
     return loss_fn
 
 
 def get_ddpm_loss_fn(vpsde, train: bool, reduce_mean: bool = True) -> Callable:
-    """loss_fn(model, batch): DDPM's simple loss over N discrete times (Ho et al. 2020, eq. 14)."""
+    """loss_fn(model, batch, **conditions): DDPM's loss over N times (Ho et al. 2020, eq. 14)."""
     if not isinstance(vpsde, sde_lib.VPSDE):
-        raise ValueError(f"DDPM training needs a VPSDE, got {type(vpsde).__name__}; use continuous=True")
+        raise ValueError(
+            f"DDPM training needs a VPSDE, got {type(vpsde).__name__}; use continuous=True"
+        )
     alpha, sigma = vpsde.sqrt_alphas_cumprod, vpsde.sqrt_1m_alphas_cumprod
 
-    def loss_fn(model, batch):
+    def loss_fn(model, batch, **conditions):
         labels = torch.randint(0, vpsde.N, (batch.shape[0],), device=batch.device)
         a, s = (expand(sde_lib.lookup(table, labels), batch) for table in (alpha, sigma))
         noise = torch.randn_like(batch)
-        predicted = get_model_fn(model, train=train)(a * batch + s * noise, labels)
+        x = a * batch + s * noise
+        predicted = get_model_fn(model, train=train)(x, labels, **conditions)
         return _reduce(torch.square(predicted - noise), reduce_mean).mean()
 
     return loss_fn
@@ -161,7 +166,7 @@ def get_step_fn(
     eps: float = 1e-5,
     max_nonfinite: int = 100,
 ) -> Callable:
-    """step_fn(state, batch) -> loss: one step of training, or the loss under the EMA weights.
+    """step_fn(state, batch, **conditions) -> loss: one training step, or the EMA weights' loss.
 
     `state` has `model`, `optimizer`, `ema` and `step`. A loss or gradient that is not finite
     leaves weights, optimizer and average as they were; it is counted in state['nonfinite'],
@@ -176,12 +181,12 @@ def get_step_fn(
     """
     loss_fn = get_loss_fn(sde, train, reduce_mean, continuous, likelihood_weighting, eps)
 
-    def train_step(state, batch):
+    def train_step(state, batch, **conditions):
         if optimize_fn is None:
             raise ValueError("training needs optimize_fn; use losses.optimization_manager(config)")
         model, optimizer = state["model"], state["optimizer"]
         optimizer.zero_grad()
-        loss = loss_fn(model, batch)
+        loss = loss_fn(model, batch, **conditions)
         loss.backward()
         norm = _grad_norm(model.parameters())
         if math.isfinite(loss.item() + norm.item()):
@@ -196,9 +201,9 @@ def get_step_fn(
         return loss.detach()
 
     @torch.no_grad()
-    def eval_step(state, batch):
+    def eval_step(state, batch, **conditions):
         with state["ema"].average_parameters(state["model"].parameters()):
-            return loss_fn(state["model"], batch)
+            return loss_fn(state["model"], batch, **conditions)
 
     return train_step if train else eval_step
 

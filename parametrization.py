@@ -12,6 +12,8 @@ equations; it never passes through a third quantity that is ill-defined at that 
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -89,7 +91,9 @@ class Parametrization:
 
     def __post_init__(self):
         if self.output not in OUTPUTS:
-            raise ValueError(f"parametrization {self.output!r} is unknown; known: {sorted(OUTPUTS)}")
+            raise ValueError(
+                f"parametrization {self.output!r} is unknown; known: {sorted(OUTPUTS)}"
+            )
         if isinstance(self.time, str) and self.time not in TIME_INPUTS:
             raise ValueError(f"time input {self.time!r} is unknown; known: {sorted(TIME_INPUTS)}")
 
@@ -101,7 +105,7 @@ class Parametrization:
         return labels.to(point.x.device).expand(point.x.shape[0])
 
     def network_input(self, point: Point) -> torch.Tensor:
-        """x_t, scaled to unit variance for a preconditioned network (c_in of Karras et al. 2022)."""
+        """x_t; for a preconditioned network scaled by c_in/α (Karras et al. 2022, Table 1)."""
         if self.output != "preconditioned":
             return point.x
         c_in = 1 / torch.sqrt(point.sigma_tilde**2 + SIGMA_DATA**2)
@@ -159,6 +163,16 @@ class ScoreFunction:
     def velocity(self, x, t, **conditions):
         """Drift of the probability-flow ODE, α'D + σ'ε̂."""
         return self._face("velocity", x, t, conditions)
+
+    def with_conditions(self, **conditions) -> ScoreFunction:
+        """This score with keyword arguments of the network bound, such as class labels y (B,).
+
+        It goes wherever a network goes (samplers, likelihood, losses), counting its own `nfe`.
+        """
+        bound = copy.copy(self)
+        bound.model_fn = functools.partial(self.model_fn, **conditions)
+        bound.nfe = 0
+        return bound
 
     def _face(self, target: str, x, t, conditions):
         self.nfe += 1

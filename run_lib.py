@@ -17,7 +17,15 @@ from checkpoints import restore_checkpoint, save_checkpoint
 from configs.validation import complete
 from models.ema import ExponentialMovingAverage
 from models.utils import create_model
-from run_lib_eval import Evaluation, image_shape, sampling_eps, seed_for
+from run_lib_eval import (
+    Evaluation,
+    conditioned,
+    conditions,
+    every_class,
+    image_shape,
+    sampling_eps,
+    seed_for,
+)
 from run_lib_journal import Journal, log, logging_to, plain, write_json
 
 # --- what training and evaluation share -----------------------------------------------------
@@ -116,7 +124,8 @@ class _Steps:
         )
         self.eval_step = losses.get_step_fn(sde, False, **options)
         count = min(t.batch_size, len(eval_set))
-        self.eval_images = eval_set.take(torch.arange(count))
+        held_out = eval_set.batch(torch.arange(count))
+        self.eval_images, self.known = held_out.images, conditions(config, held_out.labels)
 
     def train(self, state) -> torch.Tensor:
         config, step = self.config, state["step"]
@@ -124,7 +133,7 @@ class _Steps:
             self.batches = data_lib.train_batches(
                 self.train_set, config.training.batch_size, config.seed, step
             )
-        images = next(self.batches).images
+        images, labels = next(self.batches)
         torch.manual_seed(seed_for(config.seed, "train", step))
         batch = data_lib.prepare(
             images,
@@ -133,7 +142,7 @@ class _Steps:
             flip=config.data.random_flip,
             dequantize=config.data.uniform_dequantization,
         )
-        return self.train_step(state, batch)
+        return self.train_step(state, batch, **conditions(config, labels))
 
     def evaluate(self, state) -> float:
         """The loss of a fixed batch under fixed noise, with the averaged weights."""
@@ -144,12 +153,12 @@ class _Steps:
             self.config.device,
             dequantize=self.config.data.uniform_dequantization,
         )
-        return self.eval_step(state, batch).item()
+        return self.eval_step(state, batch, **self.known).item()
 
 
 def _snapshot_sampler(config, sde):
     count = config.training.num_snapshot_samples or min(config.training.batch_size, 64)
-    return sampling.get_sampling_fn(
+    sampling_fn = sampling.get_sampling_fn(
         config,
         sde,
         image_shape(config, count),
@@ -157,6 +166,8 @@ def _snapshot_sampler(config, sde):
         sampling_eps(config, sde),
         progress=True,
     )
+    known = conditions(config, every_class(config, count))
+    return lambda model: sampling_fn(conditioned(config, sde, model, known))
 
 
 def _snapshot(config, workdir: Path, state, sampling_fn) -> None:
@@ -180,8 +191,8 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
     """Evaluate checkpoints of a run: loss, bits/dim and samples, as `config.eval` asks.
 
     Leaves in workdir/eval_folder, for checkpoint k: ckpt_<k>.json with every number and its
-    protocol, ckpt_<k>_bpd.npz (bits/dim by repeat and image), ckpt_<k>_samples.npz (uint8) and
-    ckpt_<k>_samples.png; and workdir/report.html on the last of them.
+    protocol, ckpt_<k>_bpd.npz (bits/dim by repeat and image), ckpt_<k>_samples.npz (uint8),
+    ckpt_<k>_samples.png and ckpt_<k>_sampling.webp; and workdir/report.html on the last of them.
 
     Returns: the content of the JSON files, by checkpoint number.
     """

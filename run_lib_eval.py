@@ -18,6 +18,7 @@ import likelihood
 import losses
 import sampling
 import visualize
+from models.utils import get_score_fn
 from run_lib_journal import log, plain, progress_bar, read_history, write_json
 
 #: Samples whose way from noise is kept for the report's animation, and the number of frames.
@@ -39,6 +40,36 @@ def image_shape(config, n: int) -> tuple[int, int, int, int]:
     """The shape of n images."""
     size = config.data.image_size
     return n, config.data.num_channels, size, size
+
+
+def conditions(config, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a class-conditional network is told of images with these labels; nothing for others.
+
+    Raises: ValueError where the network wants classes and the images have none, or more.
+    """
+    classes = config.model.num_classes
+    if not classes:
+        return {}
+    if labels is None or int(labels.max()) >= classes:
+        found = "no labels" if labels is None else f"label {int(labels.max())}"
+        raise ValueError(
+            f"model.num_classes={classes} needs labels 0 to {classes - 1}, and the images have "
+            f"{found}; use a data set with classes (folders), or --config.model.num_classes=0"
+        )
+    return {"y": labels.to(config.device)}
+
+
+def every_class(config, n: int) -> torch.Tensor | None:
+    """Labels 0, 1, … in turn for n samples of a class-conditional network."""
+    return torch.arange(n) % config.model.num_classes if config.model.num_classes else None
+
+
+def conditioned(config, sde, model, known: dict[str, torch.Tensor]):
+    """The network, told what is known of the images, for samplers and likelihoods."""
+    if not known:
+        return model
+    score_fn = get_score_fn(sde, model, train=False, continuous=config.training.continuous)
+    return score_fn.with_conditions(**known)
 
 
 class Evaluation:
@@ -69,6 +100,7 @@ class Evaluation:
             pixels = visualize.to_uint8(samples).cpu().numpy()
             np.savez_compressed(f"{stem}_samples.npz", samples=pixels)
             visualize.save_grid(samples[:256], f"{stem}_samples.png")
+            visualize.animation(self.frames, f"{stem}_sampling.webp")
             results["metrics"] = self.metrics(samples)
             for name, value in results["metrics"].items():
                 if name in ("frechet_distance_pixels", "one_nn_accuracy"):
@@ -90,9 +122,9 @@ class Evaluation:
         )
         torch.manual_seed(seed_for(config.seed, "eval loss"))
         total = 0.0
-        for images in self._batches(self.eval_set, len(self.eval_set), "loss"):
+        for images, known in self._batches(self.eval_set, len(self.eval_set), "loss"):
             x = self._prepare(images, config.data.uniform_dequantization)
-            total += loss_fn(self.model, x).item() * len(x)
+            total += loss_fn(self.model, x, **known).item() * len(x)
         return {"mean": total / len(self.eval_set), "images": len(self.eval_set)}
 
     # -- bits/dim
@@ -120,9 +152,9 @@ class Evaluation:
         for repeat in range(repeats):
             done = 0
             label = f"bits/dim {repeat + 1}/{repeats}"
-            for images in self._batches(image_set, count, label):
+            for images, known in self._batches(image_set, count, label):
                 torch.manual_seed(seed_for(config.seed, "bpd", repeat, done))
-                result, _, nfe = fn(self.model, self._prepare(images, dequantize=True))
+                result, _, nfe = fn(self._told(known), self._prepare(images, dequantize=True))
                 values[repeat, done : done + len(images)] = result.cpu().numpy()
                 done += len(images)
                 evaluations.append(nfe)
@@ -147,7 +179,7 @@ class Evaluation:
     # -- samples
 
     def sample(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """`eval.num_samples` samples as images of the data's levels in [0, 1], and their protocol."""
+        """`eval.num_samples` samples on the data's levels in [0, 1], and how they were drawn."""
         config, done, evaluations = self.config, 0, 0
         parts, total = [], config.eval.num_samples
         while done < total:
@@ -162,7 +194,8 @@ class Evaluation:
                 callback=None if self.frames else self._keep_frames(),
                 progress=True,
             )
-            samples, evaluations = sampling_fn(self.model)
+            known = conditions(config, every_class(config, n))
+            samples, evaluations = sampling_fn(self._told(known))
             parts.append(self._unit(data_lib.quantize(samples, config)).cpu())
             done += n
         about = {"images": total, "evaluations": evaluations, **config.sampling.to_dict()}
@@ -188,6 +221,9 @@ class Evaluation:
 
     # -- pieces
 
+    def _told(self, known):
+        return conditioned(self.config, self.sde, self.model, known)
+
     def _real(self, image_set, count: int) -> torch.Tensor:
         return self._unit(image_set.take(torch.arange(count)))
 
@@ -202,7 +238,8 @@ class Evaluation:
         with progress_bar(count, desc=label, unit="image", leave=False) as bar:
             for batch in data_lib.eval_batches(image_set, self.config.eval.batch_size):
                 images = batch.images[: count - done]
-                yield images
+                labels = None if batch.labels is None else batch.labels[: len(images)]
+                yield images, conditions(self.config, labels)
                 done += len(images)
                 bar.update(len(images))
                 if done == count:
@@ -231,7 +268,9 @@ class Evaluation:
             subtitle=f"{workdir.name}, checkpoint {number}, step {results['step']:,}",
             config_text=json.dumps(plain(self.config), indent=2),
             samples=samples,
-            real=None if samples is None else self._real(self.eval_set, min(len(self.eval_set), 64)),
+            real=None
+            if samples is None
+            else self._real(self.eval_set, min(len(self.eval_set), 64)),
             train_neighbors=neighbors,
             loss_history=read_history(workdir),
             frames=self.frames or None,
@@ -244,5 +283,6 @@ class Evaluation:
 def _bpd_line(bpd: dict[str, Any]) -> str:
     return (
         f"bits/dim {bpd['mean']:.4f} ± {bpd['standard_error']:.4f} on {bpd['images']} images of "
-        f"{bpd['dataset']}, {bpd['repeats']} repeats, {bpd['evaluations_per_batch']:.0f} evaluations"
+        f"{bpd['dataset']}, {bpd['repeats']} repeats, "
+        f"{bpd['evaluations_per_batch']:.0f} evaluations"
     )

@@ -124,7 +124,7 @@ class Journal:
 
 
 def _open_history(path: Path, step: int):
-    """Open history.jsonl to go on at `step`: lines that a killed run wrote beyond it are dropped."""
+    """Open history.jsonl to go on at `step`; lines that a killed run wrote beyond it go."""
     kept = [line for line in _read_lines(path) if json.loads(line)["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(f"{line}\n" for line in kept))

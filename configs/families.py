@@ -95,3 +95,59 @@ def ncsnpp_1024(config: Any) -> Any:
     config.eval.update(batch_size=1024, begin_ckpt=1)
     config.optim.amsgrad = False  # published and never read
     return config
+
+
+def ddpm(config: Any) -> Any:
+    """DDPM: its U-Net, which embeds times by sinusoids and never reads embedding_type."""
+    config.model.update(name="ddpm", num_res_blocks=2, embedding_type="fourier")
+    return config
+
+
+def discrete_vp(config: Any) -> Any:
+    """The VP SDE at its 1000 discrete times, as DDPM trains and samples."""
+    vp(config).training.continuous = False
+    config.sampling.predictor = "ancestral_sampling"
+    config.model.num_scales = 1000
+    return config
+
+
+def ddpm_256(config: Any) -> Any:
+    """DDPM at 256 x 256 pixels: six resolutions."""
+    ddpm(discrete_vp(config)).model.ch_mult = (1, 1, 2, 2, 4, 4)
+    config.optim.lr = 2e-5
+    return config
+
+
+def ncsn(config: Any) -> Any:
+    """NCSN: ten noise levels, and annealed Langevin dynamics without a predictor."""
+    ve(config).training.continuous = False
+    config.sampling.update(predictor="none", corrector="ald", n_steps_each=100, snr=0.316)
+    config.model.update(
+        name="ncsn",
+        normalization="InstanceNorm++",
+        nonlinearity="elu",
+        scale_by_sigma=False,
+        sigma_max=1.0,
+        num_scales=10,
+        ema_rate=0.0,
+        interpolation="bilinear",  # published and never read
+    )
+    config.optim.update(lr=1e-3, warmup=0, grad_clip=-1.0, amsgrad=False)  # amsgrad: never read
+    return config
+
+
+def techniques_124(config: Any, sigma_max: float, num_scales: int, snr: float) -> Any:
+    """NCSNv2's techniques 1, 2 and 4: the largest noise level, how many, and the step size.
+
+    Technique 3 is the network that divides by sigma, 5 the moving average of the weights.
+    """
+    config.model.update(sigma_max=sigma_max, num_scales=num_scales)
+    config.sampling.update(n_steps_each=5, snr=snr)
+    return config
+
+
+def ncsnv2(config: Any) -> Any:
+    """NCSNv2 for images of up to 64 pixels: a network that divides by sigma, and averaging."""
+    ncsn(config).model.update(name="ncsnv2_64", scale_by_sigma=True, ema_rate=0.999)
+    config.optim.lr = 1e-4
+    return config

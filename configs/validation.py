@@ -97,8 +97,8 @@ def complete(config: Any) -> Any:
     any of the known keys. A key that is missing or None takes its default, which is that of the
     VP family where ``training.sde`` is 'vpsde' or 'subvpsde' and of the VE family elsewhere. The
     keys of ``ALIASES`` stand for others. Those of ``NEVER_READ`` are accepted with their published
-    value; those of ``extra`` are the user's own. ``device`` becomes a torch.device. Completing twice
-    changes nothing.
+    value; those of ``extra`` are the user's own. ``device`` becomes a torch.device. Completing
+    twice changes nothing.
 
     Raises ValueError for an unknown key (naming the nearest one), for a value of the wrong type or
     out of range, and for a never-read key that asks for something else than what is published.

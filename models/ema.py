@@ -48,7 +48,9 @@ class ExponentialMovingAverage:
             self.num_updates += 1
             decay = min(decay, (1 + self.num_updates) / (10 + self.num_updates))
         if params:
-            torch._foreach_lerp_(self.shadow_params, params, 1.0 - decay)
+            torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+                self.shadow_params, params, 1.0 - decay
+            )
 
     @torch.no_grad()
     def copy_to(self, parameters: Iterable) -> None:
@@ -88,6 +90,7 @@ class ExponentialMovingAverage:
             "shadow_params": self.shadow_params,
         }
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
         """Take over a saved average; its shapes must be this network's."""
         shadow = list(state_dict["shadow_params"])
@@ -104,7 +107,5 @@ class ExponentialMovingAverage:
             )
         self.decay = state_dict["decay"]
         self.num_updates = state_dict["num_updates"]
-        self.shadow_params = [
-            s.detach().to(device=old.device, dtype=old.dtype).clone()
-            for s, old in zip(shadow, self.shadow_params, strict=True)
-        ]
+        for mine, saved in zip(self.shadow_params, shadow, strict=True):
+            mine.copy_(saved)

@@ -38,11 +38,14 @@ def expand_to(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
-def num_groups(channels: int) -> int:
-    """The number of groups of a GroupNorm: the largest divisor of C that is at most min(C/4, 32).
+def num_groups(channels: int, preferred: int = 0) -> int:
+    """The number of groups of a GroupNorm of C channels, at least 1.
 
-    Equal to the original's min(C // 4, 32) wherever that divides C; at least 1.
+    `preferred` where it divides C; else the largest divisor of C that is at most min(C/4, 32),
+    equal to NCSN++'s min(C // 4, 32) wherever that divides C.
     """
+    if preferred and channels % preferred == 0:
+        return preferred
     most = max(1, min(channels // 4, 32))
     return next(g for g in range(most, 0, -1) if channels % g == 0)
 
@@ -50,7 +53,8 @@ def num_groups(channels: int) -> int:
 class GroupNorm(nn.GroupNorm):
     """Group normalisation (Wu & He 2018), in float32 where the input has 16 bits on a CPU.
 
-    There torch's mixed kernel is two to five times slower than the two conversions.
+    There torch's mixed kernel is two to five times slower than the two conversions. A single image
+    of one pixel is normalised over a group's channels, which torch's own layer refuses.
     """
 
     def forward(self, input):
@@ -58,12 +62,12 @@ class GroupNorm(nn.GroupNorm):
             parameters = (self.weight.float(), self.bias.float())
             h = F.group_norm(input.float(), self.num_groups, *parameters, self.eps)
             return h.to(input.dtype)
-        return super().forward(input)
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
-def group_norm(channels: int) -> GroupNorm:
-    """Group normalisation with `num_groups(channels)` groups and eps = 1e-6."""
-    return GroupNorm(num_groups=num_groups(channels), num_channels=channels, eps=1e-6)
+def group_norm(channels: int, preferred: int = 0) -> GroupNorm:
+    """Group normalisation with `num_groups(channels, preferred)` groups and eps = 1e-6."""
+    return GroupNorm(num_groups=num_groups(channels, preferred), num_channels=channels, eps=1e-6)
 
 
 class Dropout(nn.Dropout):
@@ -188,3 +192,44 @@ def get_timestep_embedding(timesteps, embedding_dim: int, max_positions: float =
     phases = torch.outer(t, frequencies)
     embedding = torch.cat([phases.sin(), phases.cos()], dim=1)
     return F.pad(embedding, (0, embedding_dim % 2))
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels (B,) in 0 … num_classes -> vectors (B, dim); the last is the absent label's.
+
+    The absent label's vector stays zero, and the others begin so: an untrained label has no
+    effect. In training each label is dropped with probability `dropout`, so that the network
+    also learns the unconditional score (classifier-free guidance, Ho & Salimans 2022).
+
+    Raises:
+      ValueError: the labels are not integers, or on a CPU are out of range.
+    """
+
+    def __init__(self, num_classes: int, dim: int, dropout: float):
+        super().__init__()
+        self.num_classes, self.dropout = num_classes, dropout
+        self.table = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes)
+        nn.init.zeros_(self.table.weight)
+
+    def forward(self, y):
+        if y.is_floating_point():
+            raise ValueError(f"class labels y are integers, got {y.dtype}; use y.long()")
+        on_host = y.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_host and ((y < 0) | (y > self.num_classes)).any():  # a GPU would have to wait
+            raise ValueError(
+                f"expected class labels in 0 … {self.num_classes} (the last stands for none), got "
+                f"{y.min().item()} … {y.max().item()}; set model.num_classes"
+            )
+        if self.training and self.dropout > 0:
+            dropped = torch.rand(y.shape, device=y.device) < self.dropout
+            y = torch.where(dropped, self.num_classes, y)
+        return self.table(y)
+
+
+def __getattr__(name: str):
+    """score_sde's other names, which live in `layers_legacy` (it needs this module first)."""
+    if name.startswith("_"):
+        raise AttributeError(name)
+    from . import layers_legacy
+
+    return getattr(layers_legacy, name)

@@ -72,12 +72,12 @@ class AttnBlockpp(nn.Module):
     """Self-attention over all pixels with one head of C channels, (B, C, H, W) to the same.
 
     x + NIN_3(attention(NIN_0 h, NIN_1 h, NIN_2 h)) with h = GroupNorm(x), divided by √2 where
-    `skip_rescale` (Ho et al. 2020).
+    `skip_rescale` (Ho et al. 2020). `norm` makes the normalisation of so many channels.
     """
 
-    def __init__(self, channels, skip_rescale=False, init_scale=0.0):
+    def __init__(self, channels, skip_rescale=False, init_scale=0.0, norm=group_norm):
         super().__init__()
-        self.GroupNorm_0 = group_norm(channels)
+        self.GroupNorm_0 = norm(channels)
         self.NIN_0 = NIN(channels, channels)
         self.NIN_1 = NIN(channels, channels)
         self.NIN_2 = NIN(channels, channels)
@@ -177,7 +177,7 @@ class ResnetBlockDDPMpp(nn.Module):
 
     h = Conv_0(act(GroupNorm_0(x))) + Dense_0(act(temb)); h = Conv_1(Dropout(act(GroupNorm_1(h))));
     the result is x + h, x going through `Conv_2` or `NIN_0` where the channels change, divided by
-    √2 where `skip_rescale` (Ho et al. 2020).
+    √2 where `skip_rescale` (Ho et al. 2020). `norm` makes the normalisation of so many channels.
     """
 
     def __init__(
@@ -190,14 +190,15 @@ class ResnetBlockDDPMpp(nn.Module):
         dropout=0.1,
         skip_rescale=False,
         init_scale=0.0,
+        norm=group_norm,
     ):
         super().__init__()
         out_ch = out_ch or in_ch
-        self.GroupNorm_0 = group_norm(in_ch)
+        self.GroupNorm_0 = norm(in_ch)
         self.Conv_0 = conv3x3(in_ch, out_ch)
         if temb_dim is not None:
             self.Dense_0 = dense(temb_dim, out_ch)
-        self.GroupNorm_1 = group_norm(out_ch)
+        self.GroupNorm_1 = norm(out_ch)
         self.Dropout_0 = Dropout(dropout)
         self.Conv_1 = conv3x3(out_ch, out_ch, init_scale=init_scale)
         if in_ch != out_ch and conv_shortcut:

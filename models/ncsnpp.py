@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from .layers import dense, expand_to, get_act, get_timestep_embedding, group_norm
+from .layers import (
+    LabelEmbedding,
+    dense,
+    expand_to,
+    get_act,
+    get_timestep_embedding,
+    group_norm,
+)
 from .layerspp import (
     AttnBlockpp,
     Combine,
@@ -54,20 +62,26 @@ class Architecture:
     init_scale: float
     resamp_with_conv: bool
     skip_rescale: bool
+    num_classes: int
+    label_dropout: float
     act: nn.Module
+    groups: int
 
     @classmethod
-    def from_config(cls, config) -> Architecture:
-        """Read and check `config.model` and `config.data`; missing options are DDPM++'s."""
-        model, data = config.model, config.data
+    def from_config(cls, config, **fixed) -> Architecture:
+        """Read and check `config.model` and `config.data`; missing options are DDPM++'s.
+
+        `fixed` replaces options of `config.model`, for a network that does not have them.
+        """
+        model, data = ChainMap(fixed, config.model), config.data
         names = {key: _choice(model, key) for key in _CHOICES}
         arch = cls(
             channels=data.num_channels,
             image_size=data.image_size,
-            nf=model.nf,
-            ch_mult=tuple(model.ch_mult),
-            num_res_blocks=model.num_res_blocks,
-            attn_resolutions=tuple(model.attn_resolutions),
+            nf=model["nf"],
+            ch_mult=tuple(model["ch_mult"]),
+            num_res_blocks=model["num_res_blocks"],
+            attn_resolutions=tuple(model["attn_resolutions"]),
             **names,
             conditional=model.get("conditional", True),
             dropout=model.get("dropout", 0.1),
@@ -77,20 +91,24 @@ class Architecture:
             init_scale=model.get("init_scale", 0.0),
             resamp_with_conv=model.get("resamp_with_conv", True),
             skip_rescale=model.get("skip_rescale", True),
+            num_classes=model.get("num_classes", 0),
+            label_dropout=model.get("label_dropout", 0.0),
             act=get_act(config),
+            groups=0,
         )
         arch._check(config)
         return arch
 
     def _check(self, config) -> None:
+        name = config.model.get("name", "ncsnpp")
         if self.nf < 4 or not self.ch_mult or self.num_res_blocks < 1:
             raise ValueError(
-                "NCSNpp needs nf >= 4, a non-empty ch_mult and num_res_blocks >= 1, got "
+                f"{name} needs nf >= 4, a non-empty ch_mult and num_res_blocks >= 1, got "
                 f"{self.nf}, {self.ch_mult} and {self.num_res_blocks}"
             )
         if self.image_size % self.stride:
             raise ValueError(
-                f"NCSNpp halves the images {len(self.ch_mult) - 1} times and needs a "
+                f"{name} halves the images {len(self.ch_mult) - 1} times and needs a "
                 f"data.image_size divisible by {self.stride}, got {self.image_size}; shorten "
                 "model.ch_mult or pad the images"
             )
@@ -102,7 +120,12 @@ class Architecture:
             )
         norm = config.model.get("normalization", "GroupNorm")
         if norm != "GroupNorm":
-            raise ValueError(f"NCSNpp needs model.normalization 'GroupNorm', got {norm!r}; use it")
+            raise ValueError(f"{name} needs model.normalization 'GroupNorm', got {norm!r}; use it")
+        if self.num_classes and not self.conditional:
+            raise ValueError(
+                "model.num_classes adds class labels to the time embedding, which "
+                "model.conditional=False leaves out; set it to True"
+            )
 
     @property
     def stride(self) -> int:
@@ -122,7 +145,7 @@ class Architecture:
             "init_scale": self.init_scale,
         }
         if self.resblock_type == "ddpm":
-            return ResnetBlockDDPMpp(self.act, in_ch, out_ch, **options)
+            return ResnetBlockDDPMpp(self.act, in_ch, out_ch, norm=self.norm, **options)
         options.update(fir=self.fir, fir_kernel=self.fir_kernel, **resampling)
         return ResnetBlockBigGANpp(self.act, in_ch, out_ch, **options)
 
@@ -138,7 +161,10 @@ class Architecture:
         return cls(in_ch, out_ch, with_conv=with_conv, fir=self.fir, fir_kernel=self.fir_kernel)
 
     def attention(self, ch: int) -> nn.Module:
-        return AttnBlockpp(ch, skip_rescale=self.skip_rescale, init_scale=self.init_scale)
+        return AttnBlockpp(ch, self.skip_rescale, self.init_scale, norm=self.norm)
+
+    def norm(self, ch: int) -> nn.Module:
+        return group_norm(ch, self.groups)
 
 
 def _choice(model, key: str) -> str:
@@ -272,7 +298,7 @@ class Head(nn.Module):
 
     def __init__(self, arch: Architecture, in_ch: int, out_ch: int, init_scale: float):
         super().__init__()
-        self.GroupNorm_0 = group_norm(in_ch)
+        self.GroupNorm_0 = arch.norm(in_ch)
         self.Conv_0 = conv3x3(in_ch, out_ch, init_scale=init_scale)
         self.act = arch.act
 
@@ -349,6 +375,10 @@ class NCSNpp(nn.Module):
     A network with `conditional=False` ignores its labels but keeps the blocks' `Dense_0`
     parameters, as the original does.
 
+    With `num_classes` > 0 it also takes class labels y (B,) in 0 … num_classes, of which the last,
+    like y=None, is the unconditional score; their embedding is added to that of the time, and its
+    table is the last parameter. `label_dropout` is the share of labels dropped in training.
+
     Raises:
       ValueError: on building, an option is unknown or impossible with the others; on calling,
         the images or labels do not have the shapes above, or do not halve cleanly.
@@ -358,7 +388,7 @@ class NCSNpp(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        arch = Architecture.from_config(config)
+        arch = self.architecture(config)
         self.config = config
         self.register_buffer("sigmas", torch.as_tensor(get_sigmas(config)).to(torch.float32))
         self.channels, self.stride = arch.channels, arch.stride
@@ -385,10 +415,21 @@ class NCSNpp(nn.Module):
             self.up.append(stage)
         has_pyramid_of_images = arch.progressive == "output_skip"
         self.out = None if has_pyramid_of_images else Head(arch, ch, arch.channels, arch.init_scale)
+        self.label_embedding = None
+        if arch.num_classes:
+            options = (arch.num_classes, 4 * arch.nf, arch.label_dropout)
+            self.label_embedding = LabelEmbedding(*options)
 
-    def forward(self, x, time_cond):
+    @classmethod
+    def architecture(cls, config) -> Architecture:
+        """The options of `config` as this network understands them."""
+        return Architecture.from_config(config)
+
+    def forward(self, x, time_cond, y=None):
         self._check(x, time_cond)
         temb = self.embedding(time_cond)
+        if y is not None:
+            temb = temb + self._embed_labels(y, len(x))
         images = x if self.centered else 2 * x - 1
         pyramid = images if self.has_input_pyramid else None
 
@@ -410,19 +451,30 @@ class NCSNpp(nn.Module):
             h = h / expand_to(sigma, h).to(h.dtype)
         return h
 
+    def _embed_labels(self, y, batch: int):
+        if self.label_embedding is None:
+            raise ValueError("class labels y need model.num_classes > 0, got 0; set it, or omit y")
+        if y.shape != (batch,):
+            raise ValueError(
+                f"expected one class label per image, shape ({batch},), got {tuple(y.shape)}; use "
+                "y.expand(len(x))"
+            )
+        return self.label_embedding(y)
+
     def _check(self, x, time_cond) -> None:
+        name = type(self).__name__
         if x.ndim != 4 or x.shape[1] != self.channels:
             raise ValueError(
-                f"NCSNpp needs images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}; "
+                f"{name} needs images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}; "
                 "set data.num_channels"
             )
         if x.shape[2] % self.stride or x.shape[3] % self.stride:
             raise ValueError(
-                f"NCSNpp needs a height and width divisible by {self.stride}, got "
+                f"{name} needs a height and width divisible by {self.stride}, got "
                 f"{tuple(x.shape[2:])}; pad the images or shorten model.ch_mult"
             )
         if time_cond.shape != x.shape[:1]:
             raise ValueError(
-                f"NCSNpp needs one label per image, shape {tuple(x.shape[:1])}, got "
+                f"{name} needs one label per image, shape {tuple(x.shape[:1])}, got "
                 f"{tuple(time_cond.shape)}; use labels.expand(len(x))"
             )

@@ -16,7 +16,7 @@ from parametrization import (
 )
 
 _MODELS: dict[str, type] = {}
-_BUILTIN_MODULES = ("ncsnpp",)
+_BUILTIN_MODULES = ("ddpm", "ncsnpp", "ncsnv2")
 
 
 def register_model(cls=None, *, name: str | None = None):
@@ -45,7 +45,9 @@ def get_model(name: str) -> type:
 def create_model(config) -> torch.nn.Module:
     """Build `config.model.name` on `config.device`; a declared `config.model.parametrization`
     is kept on the network, for `get_score_fn`."""
-    model = get_model(config.model.name)(config).to(config.device)
+    model = get_model(config.model.name)(config)
+    # Convolutions run 1.1 to 1.5 times as fast on channels-last weights, with the same numbers.
+    model = model.to(device=config.device, memory_format=torch.channels_last)
     declared = config.model.get("parametrization", "")
     if declared:
         model.parametrization = as_parametrization(declared)  # type: ignore[assignment]
@@ -67,11 +69,12 @@ def get_model_fn(model, train: bool = False):
     The network's dtype is its own business: x goes in as its parameters are, and the output
     comes back as x is.
     """
-    parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
+    is_module = isinstance(model, torch.nn.Module)
+    parameter = next(model.parameters(), None) if is_module else None
     dtype = None if parameter is None else parameter.dtype
 
     def model_fn(x, labels, **conditions):
-        if getattr(model, "training", train) != train:
+        if is_module and model.training != train:
             model.train(train)
         if dtype is None or dtype == x.dtype:
             return model(x, labels, **conditions).to(x.dtype)

@@ -172,6 +172,37 @@ def test_impossible_settings_are_refused():
             likelihood.get_likelihood_fn(sde, centred, eps=eps)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_inference_mode_does_not_lose_the_divergence(name):
+    sde, data = toys.all_sdes()[name], 0.3 * torch.randn(4, 3)
+    fn = likelihood.get_likelihood_fn(sde, centred)
+    net = LinearNet(sde)
+    outside = fn(net, data)
+    with torch.inference_mode():
+        inside = fn(net, data.clone())
+        field, probe = value_and_divergence(torch.sin, data.clone(), torch.ones(4, 3))
+    for a, b in zip(inside, outside, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(probe, torch.cos(data).sum(1))
+    torch.testing.assert_close(field, torch.sin(data))
+
+
+def test_network_without_gradients_is_refused_and_a_constant_one_is_not():
+    sde, data = toys.all_sdes()["vp"], 0.3 * torch.randn(4, 3)
+    fn = likelihood.get_likelihood_fn(sde, centred)
+    with pytest.raises(ValueError, match="carries no gradient"):
+        fn(torch.no_grad()(LinearNet(sde)), data)
+    with pytest.raises(ValueError, match="carries no gradient"):
+        fn(lambda x, y: x.detach(), data)
+    assert torch.isfinite(fn(lambda x, y: torch.ones_like(x), data)[0]).all()
+
+
+def test_discrete_data_are_refused():
+    fn = likelihood.get_likelihood_fn(toys.all_sdes()["vp"], centred)
+    with pytest.raises(ValueError, match=r"dequantised data in floating point, got torch\.uint8"):
+        fn(lambda x, y: x, torch.zeros(2, 3, dtype=torch.uint8))
+
+
 def test_discretely_trained_networks_are_scored_by_their_integer_labels():
     seen = []
 

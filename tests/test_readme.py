@@ -22,10 +22,11 @@ def example(title: str) -> dict:
 
 
 def test_the_example_of_an_sde_trains_samples_and_scores():
+    from toys import AsModel, gaussian_score
+
     import likelihood
     import losses
     import sampling
-    from toys import AsModel, gaussian_score
 
     sde = example("Your own SDE")["sde"]
     model = AsModel(sde, gaussian_score(sde, 0.5, 0.3))

@@ -30,6 +30,7 @@ TINY = {
     "training.log_freq": 2,
     "training.eval_freq": 3,
     "training.num_snapshot_samples": 4,
+    "training.snapshot_sampling": True,
     "sampling.steps": 0,
     "eval.num_samples": 20,
     "eval.batch_size": 130,
@@ -140,6 +141,15 @@ def test_only_what_is_asked_for_is_evaluated(tmp_path):
     assert "loss" in result
     assert "bpd" not in result
     assert not (tmp_path / "eval" / "ckpt_2_samples.npz").exists()
+
+
+def test_a_class_conditional_network_is_told_the_labels(tmp_path):
+    config = tiny(model__num_classes=10, model__label_dropout=0.1)
+    run_lib.train(config, tmp_path)
+    results = run_lib.evaluate(config, tmp_path)[2]
+    assert np.isfinite(results["bpd"]["mean"])
+    with pytest.raises(ValueError, match="labels 0 to 4"):
+        run_lib.train(tiny(model__num_classes=5), tmp_path / "few")
 
 
 def test_a_missing_checkpoint_is_an_error_that_names_what_there_is(tmp_path):

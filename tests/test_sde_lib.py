@@ -8,6 +8,7 @@ import torch
 import toys
 
 import sde_lib
+import sde_lib_base
 from sde_lib import VESDE, VPSDE, AffineSDE, alpha_sigma, drift_diffusion, subVPSDE
 
 NAMES = ["ve", "vp", "subvp"]
@@ -94,7 +95,7 @@ def test_constant_beta_has_an_inverse_lambda(cls):
 @pytest.mark.parametrize("name", NAMES)
 def test_alpha_and_sigma_read_off_marginal_prob_are_the_declared_ones(name):
     sde = make(name)
-    (one, zero), std = sde_lib._probe(sde.marginal_prob, TIMES, None)
+    (one, zero), std = sde_lib_base._probe(sde.marginal_prob, TIMES, None)
     torch.testing.assert_close(one - zero, sde.alpha(TIMES), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(std, sde.sigma(TIMES), rtol=1e-12, atol=1e-12)
 

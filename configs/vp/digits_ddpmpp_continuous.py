@@ -8,7 +8,12 @@ def get_config():
     """Return the configuration of the experiment."""
     config = vp(ddpmpp(on_best_device(defaults.get_default_configs())))
     config.training.update(
-        n_iters=2600, snapshot_freq=2600, snapshot_freq_for_preemption=500, eval_freq=200
+        batch_size=64,
+        n_iters=3600,
+        snapshot_freq=3600,
+        snapshot_freq_for_preemption=600,
+        snapshot_sampling=False,
+        eval_freq=200,
     )
     config.data.update(
         dataset="digits",
@@ -24,9 +29,9 @@ def get_config():
         num_res_blocks=2,
         attn_resolutions=(4,),
         dropout=0.0,
-        ema_rate=0.995,
+        ema_rate=0.998,
     )
-    config.optim.update(lr=1e-3, warmup=200)
+    config.optim.update(lr=2e-3, warmup=200)
     config.sampling.steps = 300
     config.eval.update(
         begin_ckpt=-1,

@@ -1,0 +1,1 @@
+"""NCSN with the discrete VE SDE."""

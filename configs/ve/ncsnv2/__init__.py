@@ -1,0 +1,1 @@
+"""NCSNv2 with the discrete VE SDE."""

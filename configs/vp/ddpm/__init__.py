@@ -1,0 +1,1 @@
+"""DDPM's network and its experiments with the VP SDE."""

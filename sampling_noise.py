@@ -1,0 +1,88 @@
+"""Where samplers' noise comes from: torch's global state, a generator, or per-sample seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class NoiseSource:
+    """Where a sampler's noise comes from: torch's global state, one generator, or per-sample seeds.
+
+    With `seeds`, sample i depends on seeds[i] alone, at any batch size.
+    """
+
+    def __init__(
+        self, generator: torch.Generator | None = None, seeds: Sequence[int] | None = None
+    ):
+        if generator is not None and seeds is not None:
+            raise ValueError("expected generator= or seeds=, got both; give one")
+        self.generator = generator
+        self.seeds = None if seeds is None else [int(s) for s in seeds]
+        self._per_sample: list[torch.Generator] = []
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Standard normal numbers of x's shape, dtype and device."""
+        if self.seeds is None:
+            return torch.randn(x.shape, generator=self.generator, dtype=x.dtype, device=x.device)
+        if not self._per_sample:
+            self._per_sample = [torch.Generator(x.device).manual_seed(s) for s in self.seeds]
+        rows = (
+            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=x.device)
+            for g in self._per_sample
+        )
+        return torch.stack(list(rows))
+
+    def prior(self, sde, shape) -> torch.Tensor:
+        """`sde.prior_sampling(shape)` under this source; any process, as written."""
+        if self.seeds is not None:
+            parts = [self._seeded_prior(sde, (1, *shape[1:]), seed) for seed in self.seeds]
+            return torch.cat(parts)
+        if self.generator is not None:
+            g = self.generator
+            seed = torch.randint(2**62, (), generator=g, device=g.device)
+            return self._seeded_prior(sde, shape, int(seed))
+        return sde.prior_sampling(shape)
+
+    @staticmethod
+    def _seeded_prior(sde, shape, seed: int) -> torch.Tensor:
+        with torch.random.fork_rng(devices=[]):
+            # Another stream than `randn_like` of the same seed.
+            torch.manual_seed(seed ^ 0x5DEECE66D)
+            return sde.prior_sampling(shape)
+
+
+class Stepper:
+    """What predictors and correctors share: their source of noise."""
+
+    noise: NoiseSource | None = None
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """Noise of x's shape; use this, not torch.randn_like, to obey `seeds=`."""
+        return torch.randn_like(x) if self.noise is None else self.noise.randn_like(x)
+
+
+class own_noise_refused:
+    """Refuse a step that draws from torch's global state, which per-sample seeds cannot govern."""
+
+    def __init__(self, active: bool, device: torch.device):
+        self.active, self.device = active, device
+
+    def _state(self):
+        states = [torch.get_rng_state()]
+        if self.device.type == "cuda":
+            states.append(torch.cuda.get_rng_state(self.device))
+        return states
+
+    def __enter__(self):
+        self.before = self._state() if self.active else []
+
+    def __exit__(self, kind, *_):
+        if kind is None and self.active:
+            for a, b in zip(self.before, self._state(), strict=True):
+                if not torch.equal(a, b):
+                    raise ValueError(
+                        "a predictor, corrector or network draws its own noise, so seeds= cannot "
+                        "govern it; draw by self.randn_like(x), or use generator="
+                    )
