@@ -12,6 +12,12 @@ setup(
     # `datasets` would shadow another well-known package.
     py_modules=[
         "checkpoints",
+        "checkpoints_convert",
+        "checkpoints_diffusers",
+        "checkpoints_export",
+        "checkpoints_flax",
+        "checkpoints_import",
+        "checkpoints_names",
         "data_lib",
         "data_lib_files",
         "divergence",
@@ -47,9 +53,14 @@ setup(
         "scikit-learn",  # the embedded digits of the demo
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "build"],
+        "test": [
+            *("pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "build"),
+            *("diffusers", "msgpack", "safetensors"),  # formats of checkpoints
+        ],
         "lsun": ["lmdb"],  # LSUN as its authors distribute it
         "export": ["safetensors"],
+        "diffusers": ["diffusers", "safetensors"],
+        "jax": ["msgpack"],  # checkpoints of score_sde in JAX; JAX itself is not needed
     },
     entry_points={"console_scripts": ["score-sde = main:run"]},
 )
