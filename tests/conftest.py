@@ -8,6 +8,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 os.environ.setdefault("MPLBACKEND", "Agg")
+# Also for the programs that tests start: two workers with all threads each stall one another.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 

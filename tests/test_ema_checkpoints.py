@@ -217,10 +217,9 @@ def test_submodule_called_module_keeps_its_name(tmp_path):
     assert torch.equal(net["module"].weight, kept) and state["step"] == 0
 
 
-ORIGINAL = REPO.parent / "shared" / "parity" / "checkpoint_ncsnpp_ve.pth"
+ORIGINAL = REPO / "tests" / "data" / "checkpoint_ncsnpp_ve.pth"
 
 
-@pytest.mark.skipif(not ORIGINAL.exists(), reason="the original's checkpoint is not at hand")
 def test_checkpoint_of_the_original_opens():
     saved = load_file(ORIGINAL)
     assert saved["step"] == 6 and all(k.startswith("module.") for k in saved["model"])
