@@ -66,6 +66,8 @@ def restore_checkpoint(path: str | os.PathLike, state: dict, device=None) -> dic
     parts = [name for name in ("ema", "optimizer") if name in state and name in saved]
     if "optimizer" in parts:
         _check_groups(path, state["optimizer"].state_dict(), saved["optimizer"])
+    if "optimizer" in state and "optimizer" not in saved:
+        warnings.warn(f"{path} holds no optimizer; its moments start at zero", stacklevel=2)
     for name in parts:  # the average checks before it takes over, so it goes first
         state[name].load_state_dict(saved[name])
     model.load_state_dict(saved["model"])

@@ -1,6 +1,7 @@
 """Images in a folder or a .zip: which ones there are, how they are split, how they are decoded."""
 
 import io
+import logging
 import os
 import posixpath
 import threading
@@ -15,6 +16,8 @@ import torch
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")
+
+log = logging.getLogger("score_sde")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,17 @@ class ImageFiles:
         names = tuple(name for name in self.names if name.startswith(base))
         return replace(self, names=names, base=base, labels=None)
 
+    def rest(self, keep: Callable[[str], bool]) -> "ImageFiles":
+        """Return the files whose names are kept, the base being the folder that holds them all."""
+        names = tuple(filter(keep, self.names))
+        if len(names) == len(self.names):
+            return self
+        return replace(self, names=names, base=_common_folder(names), labels=None)
+
+    def top(self, name: str) -> str:
+        """Return the folder just below the base that a file lies in, or the file's own name."""
+        return name[len(self.base) :].split("/")[0]
+
     def classes(self) -> list[str]:
         """Return the sorted folders just below the base; [] where some image lies in none."""
         parts = [name[len(self.base) :].split("/") for name in self.names]
@@ -58,7 +72,7 @@ class ImageFiles:
         if len(classes) < 2 or not set(self.classes()) or not set(self.classes()) <= set(classes):
             return self
         number = {name: i for i, name in enumerate(classes)}
-        labels = tuple(number[name[len(self.base) :].split("/")[0]] for name in self.names)
+        labels = tuple(number[self.top(name)] for name in self.names)
         return replace(self, labels=labels)
 
     def with_shape(self, shape: tuple[int, int, int], crop: int = 0) -> "ImageFiles":
@@ -136,7 +150,7 @@ def list_images(path: Path) -> ImageFiles:
             f"expected a folder or a .zip of images, got {path}, which does not exist; "
             "set --config.data.path (or data.root) to where the images are"
         )
-    elif zipfile.is_zipfile(path):
+    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
         names, open_file = _zip_access(path)
     else:
         raise ValueError(f"expected a folder or a .zip of images, got the file {path}; zip it")
@@ -158,7 +172,10 @@ def _folder_names(path: Path) -> list[str]:
 
 
 def _zip_access(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    archive, lock = zipfile.ZipFile(path), threading.Lock()
+    try:
+        archive, lock = zipfile.ZipFile(path), threading.Lock()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is not a readable zip ({error}); make it again") from error
 
     def open_file(name: str) -> bytes:
         with lock:
@@ -171,8 +188,10 @@ def _hidden(name: str) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
 
 
-def _common_folder(names: list[str]) -> str:
-    """Return the longest folder, with its final slash, that holds every file."""
+def _common_folder(names: Sequence[str]) -> str:
+    """Return the longest folder, with its final slash, that holds every file; "" for no file."""
+    if not names:
+        return ""
     first, last = posixpath.dirname(names[0]), posixpath.dirname(names[-1])
     shared = posixpath.commonpath([first, last])  # names are sorted: common to all
     return f"{shared}/" if shared else ""
@@ -183,22 +202,93 @@ def split_images(
 ) -> tuple[ImageFiles, ImageFiles]:
     """Return the training and the evaluation images of a folder or .zip.
 
-    In this order: sub-folders train and one of ``EVAL_FOLDERS``; all of ``eval_path``; a
-    ``fraction`` of the images drawn with a fixed seed. Class folders become labels.
+    The evaluation images are the first that there is of: all of ``eval_path``; the sub-folder
+    named first in ``EVAL_FOLDERS``; a ``fraction`` of the images drawn with a fixed seed. The
+    training images are those in the sub-folder train where there is one beside one of these
+    folders or ``eval_path``, else all outside ``EVAL_FOLDERS``; none is in ``eval_path``. Class
+    folders become labels. What is used is logged where it is not plain from the names.
+
+    Raises ValueError where no training image remains, or ``path`` lies inside ``eval_path``.
     """
-    files = list_images(path)
-    folders = {name[len(files.base) :].split("/")[0] for name in files.names}
-    eval_folders = [name for name in EVAL_FOLDERS if name in folders]
-    train = files
-    if "train" in folders and (eval_path or eval_folders):
-        train = files.below(f"{files.base}train/")
-    classes = train.classes()
+    files, others = list_images(path), None
     if eval_path:
-        return train.labelled(classes), list_images(eval_path).labelled(classes)
-    if train is not files:
-        held_out = files.below(f"{files.base}{eval_folders[0]}/")
-        return train.labelled(classes), held_out.labelled(classes)
-    return _split_by_fraction(files.labelled(classes), fraction)
+        _refuse_inside(path, eval_path)
+        others = list_images(eval_path)
+        files = _without(files, others)
+    folders = {files.top(name) for name in files.names}
+    eval_folders = [name for name in EVAL_FOLDERS if name in folders]
+    if not eval_path and not eval_folders:
+        return _split_by_fraction(files.labelled(files.classes()), fraction)
+    train = _training_part(files, folders, eval_folders)
+    held_out = files.below(f"{files.base}{eval_folders[0]}/") if others is None else others
+    _log_parts(files, train, held_out, "train" in folders)
+    classes = train.classes()
+    return train.labelled(classes), held_out.labelled(classes)
+
+
+def _training_part(files: ImageFiles, folders: set[str], eval_folders: list[str]) -> ImageFiles:
+    """Return the files in the folder train, or where there is none those in no eval folder."""
+    if "train" in folders:
+        return files.below(f"{files.base}train/")
+    train = files.rest(lambda name: files.top(name) not in eval_folders)
+    if not len(train):
+        raise ValueError(
+            f"{files.source}: expected training images, got only {', '.join(sorted(folders))} to "
+            "evaluate on; name the folder to train on train, or set --config.data.path"
+        )
+    return train
+
+
+def _refuse_inside(path: Path, eval_path: Path) -> None:
+    inner, outer = path.resolve(), eval_path.resolve()
+    if inner == outer or (inner.is_dir() and inner.is_relative_to(outer)):
+        raise ValueError(
+            f"expected evaluation images that are not trained on, got data.path {path} inside "
+            f"data.eval_path {eval_path}; set --config.data.eval_path to another folder"
+        )
+
+
+def _without(files: ImageFiles, others: ImageFiles) -> ImageFiles:
+    """Return the files that are not, links followed, among the others."""
+    if not files.source.is_dir() or not others.source.is_dir():
+        return files
+    excluded = set(_real_paths(others))
+    real = dict(zip(files.names, _real_paths(files), strict=True))
+    kept = files.rest(lambda name: real[name] not in excluded)
+    if not len(kept):
+        raise ValueError(
+            f"expected training images in {files.source}, got only such as are in data.eval_path "
+            f"{others.source}; set --config.data.eval_path to another folder"
+        )
+    if len(kept) < len(files):
+        log.info(
+            f"data: {len(files) - len(kept)} images of {files.source} are in data.eval_path "
+            f"{others.source}: they are not trained on"
+        )
+    return kept
+
+
+def _real_paths(files: ImageFiles) -> list[str]:
+    """Return the absolute paths of files in a folder, links followed; asks once per folder."""
+    folders = {posixpath.dirname(name) for name in files.names}
+    real = {folder: os.path.realpath(files.source / folder) for folder in folders}
+    paths = (os.path.join(real[posixpath.dirname(n)], posixpath.basename(n)) for n in files.names)
+    return [os.path.realpath(p) if os.path.islink(p) else p for p in paths]
+
+
+def _log_parts(files: ImageFiles, train: ImageFiles, held_out: ImageFiles, named: bool) -> None:
+    """Log the parts where the training part has no name of its own or something is unused."""
+    used = {*train.names, *(held_out.names if held_out.source == files.source else ())}
+    unused = sorted({files.top(name) for name in files.names if name not in used})
+    if (named and not unused) or train is files:
+        return
+    where = held_out.base.rstrip("/") if held_out.source == files.source else held_out.source
+    more = ", …" if len(unused) > 5 else ""
+    log.info(
+        f"data: {files.source}: training on {'train' if named else 'the rest'} ({len(train)} "
+        f"images), evaluating on {where} ({len(held_out)} images), not using "
+        f"{', '.join(unused[:5]) + more if unused else 'none'}"
+    )
 
 
 def _split_by_fraction(files: ImageFiles, fraction: float) -> tuple[ImageFiles, ImageFiles]:

@@ -107,10 +107,11 @@ def get_smld_loss_fn(vesde, train: bool, reduce_mean: bool = False) -> Callable:
         raise ValueError(
             f"SMLD training needs a VESDE, got {type(vesde).__name__}; use continuous=True"
         )
-    sigmas = torch.flip(vesde.discrete_sigmas, dims=(0,))  # labels run from the largest σ down
+    # Labels run from the largest σ down; their range is bound here, as the table is.
+    sigmas, N = torch.flip(vesde.discrete_sigmas, dims=(0,)), vesde.N
 
     def loss_fn(model, batch, **conditions):
-        labels = torch.randint(0, vesde.N, (batch.shape[0],), device=batch.device)
+        labels = torch.randint(0, N, (batch.shape[0],), device=batch.device)
         sigma = expand(sde_lib.lookup(sigmas, labels), batch)
         noise = torch.randn_like(batch) * sigma
         score = get_model_fn(model, train=train)(batch + noise, labels, **conditions)
@@ -125,10 +126,10 @@ def get_ddpm_loss_fn(vpsde, train: bool, reduce_mean: bool = True) -> Callable:
         raise ValueError(
             f"DDPM training needs a VPSDE, got {type(vpsde).__name__}; use continuous=True"
         )
-    alpha, sigma = vpsde.sqrt_alphas_cumprod, vpsde.sqrt_1m_alphas_cumprod
+    alpha, sigma, N = vpsde.sqrt_alphas_cumprod, vpsde.sqrt_1m_alphas_cumprod, vpsde.N
 
     def loss_fn(model, batch, **conditions):
-        labels = torch.randint(0, vpsde.N, (batch.shape[0],), device=batch.device)
+        labels = torch.randint(0, N, (batch.shape[0],), device=batch.device)
         a, s = (expand(sde_lib.lookup(table, labels), batch) for table in (alpha, sigma))
         noise = torch.randn_like(batch)
         x = a * batch + s * noise
@@ -189,21 +190,27 @@ def get_step_fn(
         loss = loss_fn(model, batch, **conditions)
         loss.backward()
         norm = _grad_norm(model.parameters())
-        if math.isfinite(loss.item() + norm.item()):
+        at, slope = torch.stack([loss.detach(), norm.to(loss)]).tolist()  # one synchronisation
+        if math.isfinite(at) and math.isfinite(slope):
             known = "grad_norm" in inspect.signature(optimize_fn).parameters
             extra = {"grad_norm": norm} if known else {}
             optimize_fn(optimizer, model.parameters(), step=state["step"], **extra)
             state["ema"].update(model.parameters())
             state["nonfinite_in_a_row"] = 0
         else:
-            _count_nonfinite(state, loss.item(), norm.item(), max_nonfinite)
+            _count_nonfinite(state, at, slope, max_nonfinite)
         state["step"] += 1
         return loss.detach()
 
     @torch.no_grad()
     def eval_step(state, batch, **conditions):
-        with state["ema"].average_parameters(state["model"].parameters()):
-            return loss_fn(state["model"], batch, **conditions)
+        ema, model = state["ema"], state["model"]
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
+        try:
+            return loss_fn(model, batch, **conditions)
+        finally:
+            ema.restore(model.parameters())
 
     return train_step if train else eval_step
 

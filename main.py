@@ -1,4 +1,4 @@
-"""The command line: train and evaluate score-based generative models, convert checkpoints.
+r"""Train and evaluate score-based generative models, convert checkpoints.
 
     python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode train
     python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode eval \
@@ -6,36 +6,30 @@
     python main.py --mode convert --input checkpoint_24.pth --output ffhq --format diffusers \
         --config configs/ve/ffhq_ncsnpp_continuous.py
 
-Any key of the configuration is set by --config.<key>=<value>.
+Any key of the configuration (configs/defaults.py) is set by --config.<key>=<value>.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import sys
+from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
+MODES = ("train", "eval", "convert")
 
-config_flags.DEFINE_config_file("config", None, "A file with get_config().", lock_config=True)
 flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, logs, results.")
-flags.DEFINE_enum("mode", None, ["train", "eval", "convert"], "What to do.")
+flags.DEFINE_enum("mode", None, MODES, "What to do.")
 flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for results of eval.")
 flags.DEFINE_string("input", None, "convert: the checkpoint to read, of any known format.")
 flags.DEFINE_string("output", None, "convert: where to write it; a folder for diffusers.")
 flags.DEFINE_enum(
     "format", "native", ["native", "score_sde", "safetensors", "diffusers"], "convert: to what."
 )
-flags.mark_flag_as_required("mode")
-
-
-@flags.multi_flags_validator(
-    ["mode", "config", "workdir"], message="--mode train and eval need --config and --workdir."
-)
-def _has_a_run(values) -> bool:
-    is_run = values["mode"] in ("train", "eval")
-    return not is_run or None not in (values["config"], values["workdir"])
 
 
 def main(argv: list[str]) -> None:
@@ -44,31 +38,95 @@ def main(argv: list[str]) -> None:
             f"stray arguments {argv[1:]}; write every value with '=', "
             "such as --config.eval.enable_bpd=False"
         )
+    config = FLAGS.config
+    if FLAGS.mode is None:
+        raise app.UsageError(f"--mode is missing; one of {', '.join(MODES)}")
+    if FLAGS.mode != "convert" and None in (config, FLAGS.workdir):
+        raise app.UsageError(f"--mode {FLAGS.mode} needs --config and --workdir")
     try:
-        _run()
-    except (ValueError, FileNotFoundError, PermissionError, FloatingPointError) as error:
+        _run(config)
+    except (ValueError, OSError, FloatingPointError) as error:
         if FLAGS.verbosity > 0:
             raise
         sys.exit(f"error: {error}\n(the traceback is shown with --verbosity=1)")
 
 
-def _run() -> None:
+def _run(config) -> None:
     if FLAGS.mode == "convert":
         from checkpoints_convert import convert  # late: --help stays fast
 
-        print(convert(FLAGS.input, FLAGS.output, FLAGS.format, FLAGS.config))
+        print(convert(FLAGS.input, FLAGS.output, FLAGS.format, config))
         return
     import run_lib
 
     if FLAGS.mode == "train":
-        run_lib.train(FLAGS.config, FLAGS.workdir)
+        run_lib.train(config, FLAGS.workdir)
     else:
-        run_lib.evaluate(FLAGS.config, FLAGS.workdir, FLAGS.eval_folder)
+        run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder)
+
+
+def load_config(path: str):
+    """The completed configuration of a file with get_config(): every known key is there, so that
+    any of them can be overridden, also for a file that lists only some.
+
+    Raises: ValueError for a file that is missing or has no get_config, and for unknown keys.
+    """
+    from configs.validation import complete
+
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"--config {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise ValueError(f"--config {path}: expected a file with get_config(), found none in it")
+    return complete(module.get_config())
+
+
+def _define_config(argv: list[str]) -> list[str]:
+    """Define the flag --config by the file that argv names, and return argv without it."""
+    rest, path, words = [argv[0]], None, iter(argv[1:])
+    for word in words:
+        if word in ("--config", "-config"):
+            path = next(words, None)
+        elif word.lstrip("-").startswith("config="):
+            path = word.split("=", 1)[1]
+        else:
+            rest.append(word)
+    if path is None:
+        flags.DEFINE_string("config", None, "A file with get_config().")
+        return rest
+    config = load_config(path)
+    for word in rest:
+        _check_key(word, config)
+    config_flags.DEFINE_config_dict("config", config, lock_config=True, sys_argv=rest)
+    return rest
+
+
+def _check_key(word: str, config) -> None:
+    from configs.validation import complete, flatten
+
+    if not word.lstrip("-").startswith(("config.", "noconfig.")):
+        return
+    key = word.split("=")[0].split(".", 1)[1]
+    if key not in dict(flatten(config)) and not key.startswith("extra."):
+        value: Any = 0
+        for name in reversed(key.split(".")):
+            value = {name: value}
+        complete(value)  # raises, naming the nearest key
 
 
 def run() -> None:
     """Entry point of the installed command."""
-    app.run(main)
+    sys.path.insert(0, "")  # config files may import from the current folder
+    try:
+        argv = _define_config(sys.argv)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    app.run(main, argv)
 
 
 if __name__ == "__main__":

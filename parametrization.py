@@ -147,6 +147,7 @@ class ScoreFunction:
         self.model_fn = model_fn
         self.sde = sde
         self.parametrization = parametrization
+        self.device: torch.device | None = None  # the network's, where it is known
         self.nfe = 0
 
     def __call__(self, x, t, **conditions):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import sampling
 import sde_lib
 import visualize
 from checkpoints import restore_checkpoint, save_checkpoint
-from configs.validation import complete
+from configs.validation import complete, flatten
 from models.ema import ExponentialMovingAverage
 from models.utils import create_model
 from run_lib_eval import (
@@ -22,6 +23,7 @@ from run_lib_eval import (
     conditioned,
     conditions,
     every_class,
+    fixed_subset,
     image_shape,
     sampling_eps,
     seed_for,
@@ -29,6 +31,23 @@ from run_lib_eval import (
 from run_lib_journal import Journal, log, logging_to, plain, write_json
 
 # --- what training and evaluation share -----------------------------------------------------
+
+
+def complete_here(config):
+    """`config` completed, on a device that is there.
+
+    Raises: ValueError for a configuration that is wrong, or a device that cannot be used.
+    """
+    config = complete(config)
+    try:
+        torch.zeros((), device=config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"config.device={str(config.device)!r} cannot be used: {reason}; "
+            "use --config.device=cpu"
+        ) from error
+    return config
 
 
 def create_state(config) -> dict[str, Any]:
@@ -66,14 +85,14 @@ def train(config, workdir) -> dict[str, Any]:
 
     Returns: the final training state.
     """
-    config = complete(config)
+    config = complete_here(config)
     workdir = Path(workdir)
     train_set, eval_set = data_lib.get_image_sets(config)
     sde = sde_lib.get_sde(config)
-    if config.training.snapshot_sampling:
-        sampling_fn = _snapshot_sampler(config, sde)
-    state = create_state(config)
+    sampling_fn = _snapshot_sampler(config, sde)
+    check_same_experiment(config, workdir)
     with logging_to(workdir / "log.txt"):
+        state = create_state(config)
         write_json(workdir / "config.json", plain(config))
         resume = workdir / "checkpoints-meta" / "checkpoint.pth"
         if resume.exists():
@@ -90,19 +109,58 @@ def train(config, workdir) -> dict[str, Any]:
                 last = step == t.n_iters
                 if step % t.eval_freq == 0 or last:
                     journal.eval_loss(state, steps.evaluate(state))
-                if step % t.snapshot_freq_for_preemption == 0 or last:
-                    journal.flush()
-                    save_checkpoint(resume, state)
                 if step % t.snapshot_freq == 0 or last:
                     number = math.ceil(step / t.snapshot_freq)
                     save_checkpoint(workdir / "checkpoints" / f"checkpoint_{number}.pth", state)
                     log.info("step %d: saved checkpoint_%d", step, number)
                     if t.snapshot_sampling:
                         _snapshot(config, workdir, state, sampling_fn)
+                # Last, so that a run killed among these does the unfinished ones again.
+                if step % t.snapshot_freq_for_preemption == 0 or last:
+                    journal.flush()
+                    save_checkpoint(resume, state)
         finally:
             journal.close()
         log.info("trained to step %d", state["step"])
     return state
+
+
+def check_same_experiment(config, workdir: Path) -> None:
+    """Refuse to go on in a workdir whose weights belong to another experiment.
+
+    Raises: ValueError that lists the keys of model, process, data and seed that differ.
+    """
+    path = workdir / "config.json"
+    if not path.exists():
+        return
+    known, asked = (dict(flatten(c)) for c in (json.loads(path.read_text()), plain(config)))
+
+    def fixed(key: str) -> bool:
+        return (key.startswith("model.") and key not in _FREE) or key in _EXPERIMENT
+
+    differ = [
+        f"{key}: {known[key]!r} there, {asked[key]!r} now"
+        for key in asked
+        if key in known and fixed(key) and known[key] != asked[key]
+    ]
+    if differ:
+        raise ValueError(
+            f"{workdir} belongs to another experiment ({'; '.join(differ)}); "
+            "use its settings, or another --workdir"
+        )
+
+
+#: Beside the keys of `model`: what weights already trained depend on.
+_EXPERIMENT = (
+    "training.sde",
+    "training.continuous",
+    "data.dataset",
+    "data.image_size",
+    "data.num_channels",
+    "data.centered",
+    "data.levels",
+)
+_FREE = ("model.dropout", "model.ema_rate", "model.label_dropout")
 
 
 class _Steps:
@@ -124,7 +182,7 @@ class _Steps:
         )
         self.eval_step = losses.get_step_fn(sde, False, **options)
         count = min(t.batch_size, len(eval_set))
-        held_out = eval_set.batch(torch.arange(count))
+        held_out = eval_set.batch(fixed_subset(len(eval_set), count))
         self.eval_images, self.known = held_out.images, conditions(config, held_out.labels)
 
     def train(self, state) -> torch.Tensor:
@@ -196,12 +254,14 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
 
     Returns: the content of the JSON files, by checkpoint number.
     """
-    config = complete(config)
+    config = complete_here(config)
     workdir = Path(workdir)
     numbers = find_checkpoints(config, workdir)
     train_set, eval_set = data_lib.get_image_sets(config)
     sde = sde_lib.get_sde(config)
+    check_same_experiment(config, workdir)
     state = create_state(config)
+    evaluation = Evaluation(config, sde, state, train_set, eval_set)
     results = {}
     with logging_to(workdir / eval_folder / "log.txt"):
         for number in numbers:
@@ -209,7 +269,6 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
             restore_checkpoint(path, state, config.device)
             state["ema"].copy_to(state["model"].parameters())
             log.info("evaluating %s, step %d", path, state["step"])
-            evaluation = Evaluation(config, sde, state, train_set, eval_set)
             results[number] = evaluation.run(workdir, workdir / eval_folder, number)
     return results
 
@@ -224,15 +283,14 @@ def find_checkpoints(config, workdir: Path) -> list[int]:
         for path in (workdir / "checkpoints").glob("checkpoint_*.pth")
         if path.stem.removeprefix("checkpoint_").isdigit()
     )
-    begin, end = (
-        found[-1] if number == -1 and found else number
-        for number in (config.eval.begin_ckpt, config.eval.end_ckpt)
-    )
+    begin, end = config.eval.begin_ckpt, config.eval.end_ckpt
+    if -1 in (begin, end) and found:
+        begin, end = found[-1] if begin == -1 else begin, found[-1]
     chosen = [number for number in found if begin <= number <= end]
     if not chosen:
         there = ", ".join(map(str, found)) or "none (train first; see training.snapshot_freq)"
         raise FileNotFoundError(
             f"expected checkpoints {begin} to {end} in {workdir / 'checkpoints'}, found {there}; "
-            "set --config.eval.begin_ckpt=-1 --config.eval.end_ckpt=-1 for the newest"
+            "--config.eval.begin_ckpt=-1 takes the newest"
         )
     return chosen

@@ -60,8 +60,17 @@ def write_json(path: Path, content) -> None:
     """Write `content` to `path`, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
     temporary.replace(path)
+
+
+def _strict(value):
+    """`value` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plain(config) -> dict:
@@ -109,7 +118,7 @@ class Journal:
         self.since = time.perf_counter()
 
     def _write(self, step: int, **values) -> None:
-        self.history.write(json.dumps({"step": step, **values}) + "\n")
+        self.history.write(json.dumps(_strict({"step": step, **values})) + "\n")
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
@@ -152,7 +161,9 @@ def _is_json(line: str) -> bool:
 def read_history(workdir) -> dict[str, list[float]] | None:
     """steps, losses, eval_steps and eval_losses of a run, or None where it has none."""
     rows = [json.loads(line) for line in _read_lines(Path(workdir) / "history.jsonl")]
-    train_rows, eval_rows = ([r for r in rows if key in r] for key in ("loss", "eval_loss"))
+    train_rows, eval_rows = (
+        [r for r in rows if r.get(key) is not None] for key in ("loss", "eval_loss")
+    )
     if not train_rows:
         return None
     return {

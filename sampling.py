@@ -18,6 +18,7 @@ import torch
 import ode
 import sde_lib
 from models.utils import get_score_fn
+from parametrization import ScoreFunction
 from sampling_noise import NoiseSource, own_noise_refused
 from sampling_steps import (
     AncestralSamplingPredictor,
@@ -255,7 +256,9 @@ def get_pc_sampler(
         watch = _FiniteWatch(grid)
         for i in _bar(range(len(times)), progress):
             vec_t = vec_times[i].expand(shape[0])
-            with own_noise_refused(seeds is not None and i == 0, target):
+            # On a GPU asking for the state synchronises, so only the first step is watched there.
+            watched = seeds is not None and (i == 0 or target.type == "cpu")
+            with own_noise_refused(watched, target):
                 x, x_mean = c.update_fn(x, vec_t)
                 x, mean = _predict(p, x, vec_t, times, i, legacy)
             x_mean = x_mean if isinstance(p, NonePredictor) else mean
@@ -345,28 +348,34 @@ def _bar(iterable, show: bool):
 
 
 def _device_of(model) -> torch.device:
+    if isinstance(model, ScoreFunction):
+        return model.device or torch.device("cpu")
     parameter = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def _is_continuous(config) -> bool:
+    return getattr(getattr(config, "training", None), "continuous", True)
 
 
 @register_sampler(name="pc")
 def _pc_from_config(config, sde, shape, inverse_scaler, eps, **options):
     s = config.sampling
-    options.setdefault("steps", s.get("steps", 0) or None)
-    options.setdefault("schedule", s.get("schedule", "uniform"))
+    options.setdefault("steps", getattr(s, "steps", 0) or None)
+    options.setdefault("schedule", getattr(s, "schedule", "uniform"))
     return get_pc_sampler(
         sde,
         shape,
         get_predictor(s.predictor.lower()),
         get_corrector(s.corrector.lower()),
         inverse_scaler,
-        s.snr,
-        n_steps=s.n_steps_each,
-        probability_flow=s.probability_flow,
-        continuous=config.training.continuous,
-        denoise=s.noise_removal,
+        getattr(s, "snr", 0.16),
+        n_steps=getattr(s, "n_steps_each", 1),
+        probability_flow=getattr(s, "probability_flow", False),
+        continuous=_is_continuous(config),
+        denoise=getattr(s, "noise_removal", True),
         eps=eps,
-        device=config.device,
+        device=getattr(config, "device", None),
         **options,
     )
 
@@ -462,9 +471,9 @@ def _ode_from_config(config, sde, shape, inverse_scaler, eps, **options):
         sde,
         shape,
         inverse_scaler,
-        denoise=config.sampling.noise_removal,
+        denoise=getattr(config.sampling, "noise_removal", True),
         eps=eps,
-        device=config.device,
-        continuous=config.training.continuous,
+        device=getattr(config, "device", None),
+        continuous=_is_continuous(config),
         **options,
     )

@@ -47,10 +47,14 @@ class NoiseSource:
 
     @staticmethod
     def _seeded_prior(sde, shape, seed: int) -> torch.Tensor:
-        with torch.random.fork_rng(devices=[]):
+        # On the CPU's global generator alone: torch.manual_seed would reseed every GPU too.
+        kept = torch.get_rng_state()
+        try:
             # Another stream than `randn_like` of the same seed.
-            torch.manual_seed(seed ^ 0x5DEECE66D)
+            torch.default_generator.manual_seed(seed ^ 0x5DEECE66D)
             return sde.prior_sampling(shape)
+        finally:
+            torch.set_rng_state(kept)
 
 
 class Stepper:

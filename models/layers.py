@@ -227,9 +227,14 @@ class LabelEmbedding(nn.Module):
 
 
 def __getattr__(name: str):
-    """score_sde's other names, which live in `layers_legacy` (it needs this module first)."""
-    if name.startswith("_"):
+    """score_sde's other names, which live in `layers_legacy` (it needs this module first).
+
+    `from models.layers import *` asks for `__all__`: every public name of both modules.
+    """
+    if name.startswith("_") and name != "__all__":
         raise AttributeError(name)
     from . import layers_legacy
 
+    if name == "__all__":
+        return [key for key in globals() if not key.startswith("_")] + layers_legacy.__all__
     return getattr(layers_legacy, name)

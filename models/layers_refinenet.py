@@ -13,9 +13,31 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def ncsn_conv3x3(in_planes, out_planes, bias=True, dilation=1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps the size, whatever the dilation; PyTorch's initialisation."""
-    return nn.Conv2d(in_planes, out_planes, 3, padding=dilation, dilation=dilation, bias=bias)
+def ncsn_conv1x1(
+    in_planes, out_planes, stride=1, bias=True, dilation=1, init_scale=1.0, padding=0
+) -> nn.Conv2d:
+    """A 1x1 convolution; PyTorch's initialisation times `init_scale`, 0 standing for 1e-10."""
+    conv = nn.Conv2d(in_planes, out_planes, 1, stride, padding, dilation, bias=bias)
+    return _scale_(conv, init_scale)
+
+
+def ncsn_conv3x3(
+    in_planes, out_planes, stride=1, bias=True, dilation=1, init_scale=1.0, padding=None
+) -> nn.Conv2d:
+    """A 3x3 convolution; PyTorch's initialisation times `init_scale`, 0 standing for 1e-10.
+
+    Without `padding` it pads by the dilation, which keeps the size where the stride is 1.
+    """
+    padding = dilation if padding is None else padding
+    conv = nn.Conv2d(in_planes, out_planes, 3, stride, padding, dilation, bias=bias)
+    return _scale_(conv, init_scale)
+
+
+def _scale_(conv: nn.Conv2d, scale: float) -> nn.Conv2d:
+    if scale != 1:
+        for parameter in conv.parameters():
+            parameter.data.mul_(scale or 1e-10)
+    return conv
 
 
 def _normalise(norm: nn.Module, x, y):
@@ -25,19 +47,22 @@ def _normalise(norm: nn.Module, x, y):
 class ConvMeanPool(nn.Module):
     """A convolution, then the mean of 2x2 pixels: (B, in, H, W) -> (B, out, ⌈H/2⌉, ⌈W/2⌉).
 
-    An odd height or width first gets a row or column of zeros on the top or left, as the original
-    does for images of 28 pixels (`adjust_padding`).
+    An odd height or width first gets a row or column of zeros on the top or left. With
+    `adjust_padding` the convolution is the second layer of `conv`, as in the original.
     """
 
-    def __init__(self, in_planes, out_planes, kernel_size=3):
+    def __init__(self, input_dim, output_dim, kernel_size=3, biases=True, adjust_padding=False):
         super().__init__()
-        self.conv = nn.Conv2d(in_planes, out_planes, kernel_size, padding=kernel_size // 2)
+        padding = kernel_size // 2
+        conv = nn.Conv2d(input_dim, output_dim, kernel_size, padding=padding, bias=biases)
+        self.pointwise = kernel_size == 1
+        self.conv = nn.Sequential(nn.Identity(), conv) if adjust_padding else conv
 
     def forward(self, x):
         height, width = x.shape[2:]
         if height % 2 or width % 2:
             x = F.pad(x, (width % 2, 0, height % 2, 0))
-        if self.conv.kernel_size == (1, 1):  # commutes with the mean, and is cheaper after it
+        if self.pointwise:  # commutes with the mean, and is cheaper after it
             return self.conv(F.avg_pool2d(x, 2))
         return F.avg_pool2d(self.conv(x), 2)
 
@@ -63,6 +88,7 @@ class ResidualBlock(nn.Module):
         resample: str | None = None,
         act: nn.Module | None = None,
         normalization: Callable = nn.InstanceNorm2d,
+        adjust_padding: bool = False,
         dilation: int = 1,
     ):
         super().__init__()
@@ -71,13 +97,14 @@ class ResidualBlock(nn.Module):
         middle = output_dim if resample is None else input_dim
         conv = partial(ncsn_conv3x3, dilation=dilation)
         halves = resample == "down" and dilation == 1
+        pool = partial(ConvMeanPool, adjust_padding=adjust_padding)
         if halves:
-            shortcut = partial(ConvMeanPool, kernel_size=1)
+            shortcut = partial(pool, kernel_size=1)
         else:
             shortcut = conv if dilation > 1 else partial(nn.Conv2d, kernel_size=1)
         self.conv1 = conv(input_dim, middle)
         self.normalize2 = normalization(middle)
-        self.conv2 = (ConvMeanPool if halves else conv)(middle, output_dim)
+        self.conv2 = (pool if halves else conv)(middle, output_dim)
         has_shortcut = input_dim != output_dim or resample is not None
         self.shortcut = shortcut(input_dim, output_dim) if has_shortcut else None
         self.normalize1 = normalization(input_dim)
@@ -119,18 +146,18 @@ class RCUBlock(nn.Module):
 
 
 class MSFBlock(nn.Module):
-    """Multi-resolution fusion: convolve each map, resize it to `size` bilinearly, and add."""
+    """Multi-resolution fusion: convolve each map, resize it to `shape` bilinearly, and add."""
 
     def __init__(self, in_planes: Sequence[int], features, norm: Callable | None = None):
         super().__init__()
         self.convs = nn.ModuleList(ncsn_conv3x3(planes, features) for planes in in_planes)
         self.norms = None if norm is None else nn.ModuleList(norm(planes) for planes in in_planes)
 
-    def forward(self, xs, y, size):
+    def forward(self, xs, y, shape):
         if self.norms is not None:
             xs = [norm(x, y) for norm, x in zip(self.norms, xs, strict=True)]
         maps = [conv(x) for conv, x in zip(self.convs, xs, strict=True)]
-        return sum(F.interpolate(h, size, mode="bilinear", align_corners=True) for h in maps)
+        return sum(F.interpolate(h, shape, mode="bilinear", align_corners=True) for h in maps)
 
 
 class CRPBlock(nn.Module):
@@ -159,10 +186,14 @@ class CRPBlock(nn.Module):
 
 
 class RefineBlock(nn.Module):
-    """RefineNet's block: several maps (B, C_i, H_i, W_i) -> one (B, features, *size).
+    """RefineNet's block: several maps (B, C_i, H_i, W_i) -> one (B, features, *output_shape).
 
     Residual units on each map, fusion where there is more than one, chained pooling, and residual
-    units on the result: three where it is the last block (`end`), else one.
+    units on the result: three where it is the last block (`end`), else one. A block of one map has
+    a fusion that it never uses where `start` is False.
+
+    Raises:
+      ValueError: `start`, which makes a block without fusion, and several maps.
     """
 
     def __init__(
@@ -172,14 +203,18 @@ class RefineBlock(nn.Module):
         act: nn.Module,
         norm: Callable | None = None,
         end: bool = False,
+        start: bool | None = None,
     ):
         super().__init__()
+        start = len(in_planes) == 1 if start is None else start
+        if start and len(in_planes) > 1:
+            raise ValueError(f"RefineBlock with start=True needs one map, got {len(in_planes)}")
         self.adapt_convs = nn.ModuleList(RCUBlock(planes, 2, 2, act, norm) for planes in in_planes)
         self.output_convs = RCUBlock(features, 3 if end else 1, 2, act, norm)
-        self.msf = MSFBlock(in_planes, features, norm) if len(in_planes) > 1 else None
+        self.msf = None if start else MSFBlock(in_planes, features, norm)
         self.crp = CRPBlock(features, 2, act, norm)
 
-    def forward(self, xs, y, size):
+    def forward(self, xs, y, output_shape):
         hs = [adapt(x, y) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
-        h = hs[0] if self.msf is None else self.msf(hs, y, size)
+        h = hs[0] if self.msf is None or len(hs) == 1 else self.msf(hs, y, output_shape)
         return self.output_convs(self.crp(h, y), y)

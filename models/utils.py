@@ -111,7 +111,10 @@ def get_score_fn(sde, model, train: bool = False, continuous: bool = False) -> S
         bound = copy.copy(sde)
         bound.N = _num_scales(inner, sde)
         parametrization = legacy_parametrization(bound, continuous)
-    return ScoreFunction(get_model_fn(model, train), sde, parametrization)
+    score_fn = ScoreFunction(get_model_fn(model, train), sde, parametrization)
+    parameter = next(inner.parameters(), None) if isinstance(inner, torch.nn.Module) else None
+    score_fn.device = None if parameter is None else parameter.device
+    return score_fn
 
 
 def _num_scales(model, sde) -> int:

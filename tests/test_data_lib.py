@@ -3,6 +3,7 @@
 import gzip
 import io
 import itertools
+import logging
 import pickle
 import struct
 import time
@@ -379,6 +380,90 @@ def test_eval_path_is_held_out_whole(tmp_path):
     assert (train.names, held_out.names) == (("1.png", "2.png"), ("3.png",))
     split = save_images(tmp_path / "split", NAMES)
     assert len(split_images(split, other, 0.1)[0]) == 6
+
+
+def test_images_of_eval_path_are_never_trained_on(tmp_path):
+    names = [f"{folder}{i}.png" for folder in ("a/", "b/", "held/a/", "held/b/") for i in (0, 1)]
+    path = save_images(tmp_path / "leak", names)
+    (path / "link").symlink_to(path / "held", target_is_directory=True)
+    (path / "a/link.png").symlink_to(path / "held/a/0.png")
+    train, held_out = split_images(path, path / "b/../held", 0.1)
+    assert train.names == ("a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    assert held_out.names == ("a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    assert train.labels == held_out.labels == (0, 0, 1, 1)
+
+
+def test_what_remains_beside_eval_path_is_split_into_the_same_classes(tmp_path):
+    path = save_images(tmp_path / "images", NAMES)
+    train, held_out = split_images(path, path / "test", 0.1)
+    assert train.labels == held_out.labels == (0, 0, 0, 1, 1, 1)
+    assert all(name.startswith("train/") for name in train.names)
+
+
+def test_training_on_a_part_of_eval_path_is_refused(tmp_path):
+    path = save_images(tmp_path / "images", NAMES)
+    for inner in (path, path / "train", path / "train/a"):
+        with pytest.raises(ValueError, match=r"data\.path .* inside data\.eval_path"):
+            split_images(inner, path, 0.1)
+    archive = zipped(path)
+    with pytest.raises(ValueError, match="inside"):
+        split_images(archive, archive, 0.1)
+    (tmp_path / "alias").mkdir()
+    (tmp_path / "alias/link").symlink_to(path, target_is_directory=True)
+    with pytest.raises(ValueError, match="got only such as are in data"):
+        split_images(tmp_path / "alias", path, 0.1)
+
+
+def test_a_third_part_is_left_out_and_said_to_be(tmp_path, caplog):
+    path = save_images(tmp_path / "images", [*NAMES, "val/a/0.png", "notes/0.png"])
+    with caplog.at_level(logging.INFO, "score_sde"):
+        train, held_out = split_images(path, None, 0.1)
+    assert (train.base, held_out.base) == ("train/", "test/")
+    [message] = caplog.messages
+    assert "training on train (6 images), evaluating on test (6 images)" in message
+    assert message.endswith("not using notes, val")
+
+
+def test_two_named_parts_need_no_word(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "score_sde"):
+        split_images(save_images(tmp_path / "images", NAMES), None, 0.1)
+    assert caplog.messages == []
+
+
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("name", ["val", "test", "eval"])
+def test_an_evaluation_folder_without_train_is_held_out_of_the_rest(
+    name, archive, tmp_path, caplog
+):
+    names = [f"{folder}{c}/{i}.png" for folder in ("", f"{name}/") for c in "ab" for i in (0, 1)]
+    path = save_images(tmp_path / "images", names)
+    path = zipped(path, "top/") if archive else path
+    with caplog.at_level(logging.INFO, "score_sde"):
+        train, held_out = split_images(path, None, 0.1)
+    assert train.labels == held_out.labels == (0, 0, 1, 1)
+    assert all(f"{name}/" in n for n in held_out.names)
+    assert not any(f"{name}/" in n for n in train.names)
+    [message] = caplog.messages
+    assert "training on the rest (4 images)" in message and f"{name} (4 images)" in message
+
+
+def test_the_classes_of_the_rest_may_lie_in_a_folder_of_any_name(tmp_path):
+    path = save_images(tmp_path / "images", [n.replace("train", "mine") for n in NAMES])
+    train, held_out = split_images(path, None, 0.1)
+    assert train.labels == held_out.labels == (0, 0, 0, 1, 1, 1)
+
+
+def test_evaluation_folders_alone_are_refused(tmp_path):
+    path = save_images(tmp_path / "images", ["test/1.png", "val/2.png"])
+    with pytest.raises(ValueError, match="expected training images, got only test, val"):
+        split_images(path, None, 0.1)
+
+
+def test_a_truncated_zip_is_to_be_made_again(tmp_path):
+    path = zipped(save_images(tmp_path / "images", NAMES))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"images\.zip is not a readable zip .*; make it again"):
+        list_images(path)
 
 
 def test_one_image_cannot_be_split(tmp_path):

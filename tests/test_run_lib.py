@@ -121,7 +121,7 @@ def test_evaluation_writes_numbers_with_their_protocol(tmp_path):
     assert (bpd["images"], bpd["levels"], saved["loss"]["images"]) == (300, 17, 300)
     assert np.load(tmp_path / "ev" / "ckpt_2_samples.npz")["samples"].shape == (20, 1, 8, 8)
     assert 0 <= saved["metrics"]["one_nn_accuracy"] <= 1
-    assert saved["protocol"]["config"]["eval"]["rtol"] == 1e-2
+    assert saved["protocol"]["bpd"]["config"]["eval"]["rtol"] == 1e-2
     assert "<html" in (tmp_path / "report.html").read_text()
 
 
@@ -152,9 +152,60 @@ def test_a_class_conditional_network_is_told_the_labels(tmp_path):
         run_lib.train(tiny(model__num_classes=5), tmp_path / "few")
 
 
+def test_a_later_evaluation_keeps_what_an_earlier_one_found(tmp_path):
+    run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
+    parts = ("loss", "bpd", "sampling")
+    for part in parts:
+        asked = {f"eval__enable_{p}": p == part for p in parts}
+        run_lib.evaluate(tiny(eval__bpd_num_images=5, **asked), tmp_path)
+    saved = json.loads((tmp_path / "eval" / "ckpt_2.json").read_text())
+    assert {*parts, "metrics"} <= saved.keys()
+    assert saved["protocol"].keys() == set(parts)
+
+
+def test_a_workdir_of_another_experiment_is_refused(tmp_path):
+    run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
+    for changes in ({"training__sde": "subvpsde"}, {"model__nf": 16}, {"data__centered": False}):
+        for call in (run_lib.train, run_lib.evaluate):
+            with pytest.raises(ValueError, match="belongs to another experiment"):
+                call(tiny(**changes), tmp_path)
+    run_lib.train(tiny(training__n_iters=7, model__dropout=0.5), tmp_path)
+
+
+def test_a_checkpoint_lost_between_two_saves_is_written_again(tmp_path, monkeypatch):
+    whole = run_lib.save_checkpoint
+
+    def die_at_the_resume_file(path, state):
+        if state["step"] == 6 and Path(path).name == "checkpoint.pth":
+            raise KeyboardInterrupt
+        whole(path, state)
+
+    monkeypatch.setattr(run_lib, "save_checkpoint", die_at_the_resume_file)
+    with pytest.raises(KeyboardInterrupt):
+        run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
+    monkeypatch.setattr(run_lib, "save_checkpoint", whole)
+    (tmp_path / "checkpoints" / "checkpoint_2.pth").unlink()
+    run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
+    assert (tmp_path / "checkpoints" / "checkpoint_2.pth").exists()
+
+
+def test_an_unknown_sampler_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="'magic' is unknown; registered"):
+        run_lib.train(tiny(sampling__predictor="magic"), tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_subsets_are_fixed_and_spread_over_the_set():
+    chosen = run_lib_eval.fixed_subset(1000, 100)
+    assert torch.equal(chosen, run_lib_eval.fixed_subset(1000, 100))
+    assert len(set(chosen.tolist())) == 100
+    assert 350 < chosen.double().mean() < 650
+    assert torch.equal(run_lib_eval.fixed_subset(5, 9), torch.arange(5))
+
+
 def test_a_missing_checkpoint_is_an_error_that_names_what_there_is(tmp_path):
     run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"found 1, 2; set --config\.eval\.begin_ckpt=-1"):
+    with pytest.raises(FileNotFoundError, match=r"found 1, 2; --config\.eval\.begin_ckpt=-1"):
         run_lib.evaluate(tiny(eval__begin_ckpt=9, eval__end_ckpt=26), tmp_path)
     with pytest.raises(FileNotFoundError, match="train first"):
         run_lib.evaluate(tiny(), tmp_path / "nothing")

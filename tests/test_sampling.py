@@ -627,7 +627,10 @@ def test_shared_update_functions_are_one_update_each():
 
 
 class Config(dict):
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name):
+        if name not in self:
+            raise AttributeError(name)
+        return self[name]
 
 
 def config(method, **more):
