@@ -20,16 +20,26 @@ _BUILTIN_MODULES = ("ddpm", "ncsnpp", "ncsnv2")
 
 
 def register_model(cls=None, *, name: str | None = None):
-    """Register a network class, built as `cls(config)`, to be chosen by `config.model.name`."""
+    """Register a network class, built as `cls(config)`, to be chosen by `config.model.name`.
+
+    A user's network wins over a built-in one of its name, whichever is imported first.
+    """
 
     def register(cls):
         key = name or cls.__name__
-        if key in _MODELS:
-            raise ValueError(f"a model named {key!r} is already registered: {_MODELS[key]!r}")
+        known = _MODELS.get(key)
+        if known is not None and _is_builtin(cls):
+            return cls
+        if known is not None and not _is_builtin(known):
+            raise ValueError(f"a model named {key!r} is already registered: {known!r}")
         _MODELS[key] = cls
         return cls
 
     return register if cls is None else register(cls)
+
+
+def _is_builtin(cls: type) -> bool:
+    return cls.__module__ in {f"models.{module}" for module in _BUILTIN_MODULES}
 
 
 def get_model(name: str) -> type:

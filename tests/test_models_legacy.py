@@ -2,6 +2,11 @@
 test_models.py."""
 
 import importlib
+import itertools
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +16,7 @@ from torch import nn
 
 from models import layers, layers_refinenet, normalization, utils
 
+ROOT = Path(__file__).resolve().parent.parent
 REFINENETS = ("ncsn", "ncsnv2_64", "ncsnv2_128", "ncsnv2_256")
 NORMS = ("BatchNorm", "InstanceNorm", "InstanceNorm++", "NoneNorm", "VarianceNorm")
 
@@ -358,3 +364,106 @@ def test_a_users_network_finds_the_originals_layers():
     for name in ("RefineBlock", "ResidualBlock", "CondRefineBlock", "ConditionalResidualBlock"):
         assert hasattr(layers, name)
     assert not hasattr(layers, "NoSuchBlock")
+
+
+class UsersNetwork(nn.Module):
+    """A RefineNet of two stages that calls the original's NCSNv2 layers as its networks do."""
+
+    def __init__(self, config):
+        super().__init__()
+        nf, act = config.model.nf, layers.get_act(config)
+        norm = normalization.get_normalization(config)
+        block = partial(layers.ResidualBlock, act=act, normalization=norm)
+        self.begin = layers.ncsn_conv1x1(1, nf, 1, True, 1, 0.5)
+        self.res1 = nn.ModuleList([block(nf, nf, resample=None), block(nf, 2 * nf, None)])
+        self.res2 = block(2 * nf, 2 * nf, resample="down", adjust_padding=True)
+        self.res3 = layers.ResidualBlock(2 * nf, 2 * nf, "down", act, norm, False, 2)
+        self.refine1 = layers.RefineBlock([2 * nf], 2 * nf, act=act, start=True)
+        self.refine2 = layers.RefineBlock([2 * nf, 2 * nf], nf, act, False, True, False)
+        self.end = layers.ncsn_conv3x3(nf, 1, stride=1, init_scale=0.0)
+
+    def forward(self, x, y):
+        h = self.begin(x)
+        for block in self.res1:
+            h = block(h)
+        below = self.res3(self.res2(h))
+        below = self.refine1([below], below.shape[2:])
+        return self.end(self.refine2([h, below], h.shape[2:]))
+
+
+def test_a_users_refinenet_has_the_originals_parameters_in_their_order():
+    net = UsersNetwork(tiny("ncsnv2_64"))
+    x, labels = batch((15, 15))
+    assert net(x, labels).shape == x.shape
+    assert net.begin.weight.shape == (4, 1, 1, 1) and net.end.weight.abs().max() < 1e-9
+    names = [key for key, _ in net.res2.named_parameters() if "normalize" not in key]
+    order = "conv1 conv2.conv.1 shortcut.conv.1"  # 1: the convolution follows the padding
+    assert names == [f"{key}.{p}" for key in order.split() for p in ("weight", "bias")]
+    refine = [key.rsplit(".", 1)[0] for key, _ in net.refine2.named_parameters()]
+    units = [f"adapt_convs.{i}.{j}_{k}_conv" for i in (0, 1) for j in (1, 2) for k in (1, 2)]
+    units += [f"output_convs.{j}_{k}_conv" for j in (1, 2, 3) for k in (1, 2)]
+    fusion = ["msf.convs.0", "msf.convs.0", "msf.convs.1", "msf.convs.1"]
+    assert refine == [*units, *fusion, "crp.convs.0", "crp.convs.1"]
+    assert isinstance(net.refine2.crp.pool, nn.AvgPool2d)
+    assert isinstance(net.refine1.crp.pool, nn.MaxPool2d) and net.refine1.msf is None
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_a_users_conditional_blocks_take_a_normaliser_and_a_number_of_labels(bound):
+    norm, act = normalization.ConditionalInstanceNorm2dPlus, nn.ELU()
+    norm = partial(norm, num_classes=5) if bound else norm
+    x, y, small = torch.randn(2, 4, 8, 8), torch.tensor([0, 4]), torch.randn(2, 6, 4, 4)
+    block = layers.ConditionalResidualBlock(4, 6, 5, "down", act, norm, False, 2)
+    assert block(x, y).shape == (2, 6, 8, 8)
+    assert block.normalize1.embed.weight.shape == (5, 12)
+    assert layers.ConditionalResidualBlock(4, 6, 5, normalization=norm)(x, y).shape[1] == 6
+    refine = layers.CondRefineBlock([4, 6], 5, 5, norm, act=act, start=False, end=True)
+    assert refine([x, small], y, x.shape[2:]).shape == (2, 5, 8, 8)
+    assert layers.CondRefineBlock([4], 4, 5, norm, start=True)([x], y, (8, 8)).shape == x.shape
+    for unit in (layers.CondCRPBlock(4, 2, 5, norm, act), layers.CondRCUBlock(4, 2, 2, 5, norm)):
+        assert unit(x, y).shape == x.shape
+    fused = layers.CondMSFBlock([4, 6], 3, 5, norm)([x, small], y, shape=(8, 8))
+    assert fused.shape == (2, 3, 8, 8)
+
+
+def test_a_users_plain_blocks_take_no_labels():
+    x, small = torch.randn(2, 4, 8, 8), torch.randn(2, 6, 4, 4)
+    for unit in (layers.CRPBlock(4, 2, maxpool=False), layers.RCUBlock(4, 2, 2, nn.ELU())):
+        assert unit(x).shape == x.shape
+    assert layers.MSFBlock((4, 6), 3)([x, small], shape=(8, 8)).shape == (2, 3, 8, 8)
+    unused = layers.RefineBlock([4], 4)  # without start=True it has a fusion all the same
+    assert unused.msf is not None and unused([x], (8, 8)).shape == x.shape
+    with pytest.raises(ValueError, match="start=True needs one map, got 2"):
+        layers.RefineBlock([4, 6], 4, start=True)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 4])
+def test_ncsn_convolutions_keep_the_size_unless_they_are_given_a_padding(dilation):
+    x = torch.randn(1, 2, 12, 12)
+    assert layers.ncsn_conv3x3(2, 3, dilation=dilation)(x).shape[2:] == (12, 12)
+    side = 12 + 2 - 2 * dilation
+    conv = layers.ncsn_conv3x3(2, 3, 1, False, dilation, 1.0, 1)
+    assert conv.bias is None and conv(x).shape[2:] == (side, side)
+
+
+def test_convolutions_that_resample():
+    x = torch.randn(2, 3, 6, 6)
+    mean = (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+    down = layers.MeanPoolConv(3, 5, 3, biases=False)
+    assert down.conv.bias is None
+    torch.testing.assert_close(down(x), down.conv(mean))
+    up = layers.UpsampleConv(3, 5, kernel_size=1)
+    shuffled = torch.empty(2, 3, 12, 12)
+    for c, i, j in itertools.product(range(3), (0, 1), (0, 1)):
+        shuffled[:, c, i::2, j::2] = x[:, (4 * c + 2 * i + j) % 3]
+    torch.testing.assert_close(up(x), up.conv(shuffled))
+
+
+def test_a_star_import_gives_the_names_of_both_modules_without_loading_them_before():
+    code = (
+        "import sys, models.layers; assert 'models.layers_legacy' not in sys.modules\n"
+        "from models.layers import *\n"
+        "print(CondRefineBlock.__name__, ncsn_conv1x1.__name__, NIN.__name__, nn.__name__)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.stdout.split() == ["CondRefineBlock", "ncsn_conv1x1", "NIN", "torch.nn"], ran.stderr

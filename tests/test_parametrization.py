@@ -392,3 +392,16 @@ def test_time_inputs_are_what_they_are_called():
     for name, value in wanted.items():
         torch.testing.assert_close(Parametrization("noise", name).labels(p), value)
     assert torch.equal(sde_lib.half_log_snr(sde, T), sde.lambda_(T))
+
+
+def test_a_users_network_wins_over_a_built_in_one_of_its_name(monkeypatch):
+    from models import utils
+
+    monkeypatch.setattr(utils, "_MODELS", dict(utils._MODELS))
+    built_in = utils.get_model("ncsnpp")
+    mine = utils.register_model(type("Mine", (torch.nn.Module,), {}), name="ncsnpp")
+    assert utils.get_model("ncsnpp") is mine
+    assert utils.register_model(built_in, name="ncsnpp") is built_in
+    assert utils.get_model("ncsnpp") is mine
+    with pytest.raises(ValueError, match="already registered"):
+        utils.register_model(type("Other", (torch.nn.Module,), {}), name="ncsnpp")
