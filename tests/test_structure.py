@@ -25,7 +25,7 @@ ROOMS = {
     "checkpoints": {"models", "configs"},
     "visualize": set(),
     "run_lib": None,  # every room
-    "main": {"run_lib", "checkpoints", "configs"},  # convert needs no run; configs are checked first
+    "main": {"run_lib", "checkpoints", "configs"},  # convert needs no run
 }
 
 
