@@ -19,6 +19,7 @@ import likelihood
 import losses
 import sampling
 import visualize
+import visualize_report
 from models.utils import get_score_fn
 from run_lib_journal import log, plain, progress_bar, read_history, write_json
 
@@ -285,7 +286,7 @@ class Evaluation:
                 train = self._real(self.train_set, TRAIN_IMAGES)
                 distances, indices = evaluation.nearest_neighbors(samples, train)
                 neighbors = (train[indices.flatten()], distances.flatten())
-        visualize.write_report(
+        visualize_report.write_report(
             workdir / "report.html",
             title=f"{self.config.training.sde} on {self.eval_set.name.split('/')[0]}",
             subtitle=f"{workdir.name}, checkpoint {results['checkpoint']}, "

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+import visualize
+
 log = logging.getLogger("score_sde")
 
 
@@ -57,11 +59,9 @@ def progress_bar(total: int, initial: int = 0, **options):
 
 
 def write_json(path: Path, content) -> None:
-    """Write `content` to `path`, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(_strict(content), indent=2, allow_nan=False) + "\n")
-    temporary.replace(path)
+    """Write `content` to `path`, whole or not at all; null for numbers that JSON does not have."""
+    text = json.dumps(_strict(content), indent=2, allow_nan=False)
+    visualize.write_atomic(path, f"{text}\n".encode())
 
 
 def _strict(value):

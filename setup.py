@@ -36,6 +36,7 @@ setup(
         "sde_lib",
         "sde_lib_base",
         "visualize",
+        "visualize_report",
     ],
     packages=find_packages(include=["models", "models.*", "configs", "configs.*"]),
     install_requires=[

@@ -1,4 +1,4 @@
-"""Pictures of samples, curves of training, animations of sampling, and one HTML report of all.
+"""Pictures of samples, curves of training, animations of sampling.
 
 Images are (n, C, H, W) in [0, 1] with one or three channels. matplotlib and Pillow are imported
 where they are used; nothing here touches matplotlib's global state.
@@ -6,14 +6,10 @@ where they are used; nothing here touches matplotlib's global state.
 
 from __future__ import annotations
 
-import base64
-import html
 import io
-import itertools
 import math
-import numbers
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 
 Array = torch.Tensor | np.ndarray
 PathLike = str | os.PathLike[str]
-Row = tuple[str, Any, Any, str]  # name, value, standard error or None, how to read it
 
 _BLUE, _ORANGE = "#2563eb", "#d9480f"
 
@@ -115,7 +110,7 @@ def save_grid(images: Array, path: PathLike, **options: Any) -> None:
         raise ValueError(f"path must end in an image extension, got {str(path)!r}; use .png")
     buffer = io.BytesIO()
     image_grid(images, **options).save(buffer, Image.registered_extensions()[extension])
-    _write_atomic(path, buffer.getvalue())
+    write_atomic(path, buffer.getvalue())
 
 
 def _with_caption(canvas: np.ndarray, text: str, size: int) -> np.ndarray:
@@ -187,7 +182,7 @@ def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float
     pictures[0].save(buffer, kind.upper(), save_all=True, append_images=pictures[1:],
                      duration=durations, loop=0, **options)
     if path is not None:
-        _write_atomic(path, buffer.getvalue())
+        write_atomic(path, buffer.getvalue())
     return buffer.getvalue()
 
 
@@ -215,7 +210,7 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
     return (total[high] - total[low]) / (high - low)
 
 
-def _vector(x: Any, name: str) -> np.ndarray:
+def vector(x: Any, name: str) -> np.ndarray:
     values = torch.as_tensor(x).detach().cpu().double().flatten().numpy()
     if not np.isfinite(values).any():
         raise ValueError(f"{name} must hold at least one finite number, got {len(values)} others")
@@ -260,7 +255,7 @@ def loss_curve(steps: Any, losses: Any, eval_steps: Any = None, eval_losses: Any
 
 
 def _curve(steps: Any, values: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
-    x, y = _vector(steps, "steps"), _vector([] if values is None else values, name)
+    x, y = vector(steps, "steps"), vector([] if values is None else values, name)
     if len(x) != len(y):
         raise ValueError(f"{name} must be as many as their steps ({len(x)}), got {len(y)}")
     keep = np.isfinite(y)
@@ -273,7 +268,7 @@ def histogram(values: Any, xlabel: str, mark: float | None = None,
 
     Errors: ValueError if no value is finite.
     """
-    x = _vector(values, "values")
+    x = vector(values, "values")
     x = x[np.isfinite(x)]
     figure, axes = _axes(xlabel, "count")
     axes.hist(x, bins=min(60, max(10, math.ceil(2 * len(x) ** (1 / 3)))), color=_BLUE, alpha=0.75,
@@ -284,164 +279,8 @@ def histogram(values: Any, xlabel: str, mark: float | None = None,
     return figure
 
 
-# ---------------------------------------------------------------------------------------------
-# Report
-
-
-_CSS = """
-:root { --ground: #f6f7f9; --card: #ffffff; --ink: #1b1f24; --quiet: #5c6570; --line: #e1e5ea;
-  --accent: #2563eb; }
-@media (prefers-color-scheme: dark) { :root { --ground: #101317; --card: #191d23; --ink: #e8eaed;
-  --quiet: #a0a8b3; --line: #2c323a; --accent: #7aa5ff; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--ground); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: clamp(16px, 4vw, 48px); }
-h1 { font-size: clamp(1.6rem, 4vw, 2.3rem); line-height: 1.2; margin: 0;
-  overflow-wrap: anywhere; }
-h2 { font-size: 1.25rem; margin: 2.2em 0 .7em; }
-p { max-width: 75ch; } .subtitle { color: var(--quiet); margin: .4em 0 0; font-size: 1.05rem; }
-.figures { display: grid; gap: 20px; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 340px), 1fr)); }
-figure, .table, details { margin: 0; background: var(--card); border: 1px solid var(--line);
-  border-radius: 12px; padding: 16px; }
-.wide { grid-column: 1 / -1; }
-figure img { display: block; max-width: min(100%, 720px); height: auto; margin: 0 auto;
-  border-radius: 6px; }
-figcaption { color: var(--quiet); font-size: .92rem; margin: 12px 0 0; max-width: 110ch; }
-.table { overflow-x: auto; padding: 4px 16px; } .table + div, .figures + div { margin-top: 20px; }
-table { border-collapse: collapse; width: 100%; }
-caption { caption-side: bottom; text-align: left; color: var(--quiet); font-size: .92rem;
-  padding: 10px 0; }
-th, td { text-align: left; padding: 10px 12px 10px 0; vertical-align: top;
-  border-bottom: 1px solid var(--line); }
-tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; }
-td.number { text-align: right; padding-right: 0; white-space: nowrap; font-weight: 600;
-  font-variant-numeric: tabular-nums; }
-.error, .note { color: var(--quiet); font-weight: 400; }
-.note { display: block; font-size: .9rem; max-width: 70ch; }
-details { margin-top: 20px; } summary { cursor: pointer; font-weight: 600; color: var(--accent); }
-pre { overflow-x: auto; font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace;
-  margin: 12px 0 0; }
-"""
-
-
-def _number(value: Any, error: Any) -> str:
-    """A value, and its standard error to two digits, as HTML."""
-    if isinstance(value, torch.Tensor | np.ndarray):
-        value = value.item()
-    if isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return f"{int(value):,}"
-    if not isinstance(value, numbers.Real) or isinstance(value, bool):
-        return html.escape(str(value))
-    error = None if error is None else float(error)
-    if error is None or not math.isfinite(error) or error <= 0:
-        return f"{float(value):#.4g}"
-    digits = min(max(1 - math.floor(math.log10(error)), 0), 9)
-    return f'{float(value):.{digits}f} <span class="error">± {error:.{digits}f}</span>'
-
-
-def _encode(picture: Picture) -> bytes:
-    """A Figure or Pillow image as PNG; bytes are an image file already."""
-    if isinstance(picture, bytes):
-        return picture
-    buffer = io.BytesIO()
-    if hasattr(picture, "savefig"):
-        picture.savefig(buffer, format="png", dpi=160, metadata={"Software": None})  # type: ignore
-    else:
-        picture.save(buffer, "PNG")  # type: ignore
-    return buffer.getvalue()
-
-
-class Report:
-    """One self-contained HTML file of numbers, pictures, tables and text.
-
-    Parts appear in the order in which they are added, sections in that of their first part; "" is
-    a section without a heading. All text is escaped; pictures are embedded; there is no script
-    and nothing is loaded from elsewhere.
-    """
-
-    def __init__(self, title: str, subtitle: str = "") -> None:
-        self.title, self.subtitle = title, subtitle
-        self._sections: dict[str, list[tuple[str, str]]] = {}
-
-    def _add(self, section: str, kind: str, part: str) -> None:
-        self._sections.setdefault(section, []).append((kind, part))
-
-    def numbers(self, rows: Iterable[Row], section: str = "") -> None:
-        """Add a table of (name, value, standard error or None, how to read it)."""
-        body = "".join(
-            f'<tr><th scope="row">{html.escape(name)}<span class="note">{html.escape(note)}</span>'
-            f'</th><td class="number">{_number(value, error)}</td></tr>'
-            for name, value, error, note in rows)
-        if body:
-            self._add(section, "table",
-                      f'<div class="table"><table><tbody>{body}</tbody></table></div>')
-
-    def figure(self, picture: Picture, caption: str = "", section: str = "", *,
-               wide: bool = False) -> None:
-        """Add a picture (bytes of an image file, a Pillow image or a matplotlib Figure).
-
-        Pictures that follow each other share a row where they fit; a `wide` one has its own.
-        Errors: ValueError for bytes that are no image.
-        """
-        from PIL import Image, UnidentifiedImageError
-
-        data = _encode(picture)
-        try:
-            with Image.open(io.BytesIO(data)) as image:
-                mime, (width, height) = Image.MIME[image.format or ""], image.size
-        except UnidentifiedImageError:
-            raise ValueError(f"picture must be an image file, got {len(data)} bytes of something "
-                             "else; pass the file's content, not its path") from None
-        text = html.escape(caption)
-        self._add(section, "figure",
-                  f'<figure{" class=wide" if wide else ""}><img width="{width}" height="{height}" '
-                  f'alt="{text}" src="data:{mime};base64,{base64.b64encode(data).decode()}">'
-                  f'<figcaption>{text}</figcaption></figure>')
-
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "",
-              section: str = "") -> None:
-        """Add a table of any cells; numbers are shown to four digits."""
-        head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
-        body = "".join("<tr>" + "".join(f"<td>{_number(cell, None)}</td>" for cell in row) + "</tr>"
-                       for row in rows)
-        note = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        self._add(section, "table", f'<div class="table"><table>{note}<thead><tr>{head}</tr>'
-                                    f"</thead><tbody>{body}</tbody></table></div>")
-
-    def text(self, text: str, section: str = "") -> None:
-        """Add a paragraph."""
-        self._add(section, "text", f"<p>{html.escape(text)}</p>")
-
-    def details(self, title: str, text: str, section: str = "") -> None:
-        """Add text of fixed width, such as a configuration, folded under its title."""
-        self._add(section, "details", f"<details><summary>{html.escape(title)}</summary>"
-                                      f"<pre>{html.escape(text)}</pre></details>")
-
-    def html(self) -> str:
-        """The whole page."""
-        parts = []
-        for section, items in self._sections.items():
-            if section:
-                parts.append(f"<h2>{html.escape(section)}</h2>")
-            for kind, run in itertools.groupby(items, key=lambda item: item[0]):
-                body = "\n".join(part for _, part in run)
-                parts.append(f'<div class="figures">{body}</div>' if kind == "figure" else body)
-        title = html.escape(self.title)
-        subtitle = f'<p class="subtitle">{html.escape(self.subtitle)}</p>' if self.subtitle else ""
-        return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
-                f"<style>{_CSS}</style></head>\n<body><main><header><h1>{title}</h1>{subtitle}"
-                "</header>\n" + "\n".join(parts) + "\n</main></body></html>\n")
-
-    def save(self, path: PathLike) -> None:
-        """Write the page to `path` atomically: a reader sees the old file or the whole new one."""
-        _write_atomic(path, self.html().encode())
-
-
-def _write_atomic(path: PathLike, data: bytes) -> None:
+def write_atomic(path: PathLike, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -450,121 +289,3 @@ def _write_atomic(path: PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-# ---------------------------------------------------------------------------------------------
-# The report of one run
-
-
-_METRICS = {
-    "frechet_distance_pixels": (
-        "Fréchet distance, pixels",
-        ("Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
-        "better, but not 0 even for a perfect model with finitely many images.")),
-    "frechet_distance_pixels_train": (
-        "Fréchet distance, pixels: real training images",
-        "As many real images in place of the samples: what a perfect model would score."),
-    "one_nn_accuracy": (
-        "1-NN accuracy",
-        ("How often the nearest neighbour tells samples from held-out real images. 0.5 is best: "
-        "they cannot be told apart; 1 means always told apart; near 0 means copies.")),
-    "one_nn_accuracy_real": (
-        "1-NN accuracy on real images",
-        "Much lower than on samples: the samples are more alike than real images are."),
-    "one_nn_accuracy_fake": (
-        "1-NN accuracy on samples",
-        "Much lower than on real images: the samples are more spread out than real images are."),
-    "one_nn_accuracy_train": (
-        "1-NN accuracy: real training images",
-        "Real images in place of the samples: what a perfect model would score."),
-    "nearest_train_distance": (
-        "Distance to the nearest training image: samples",
-        ("Mean Euclidean distance over pixels in [0, 1]. Much below the next row, samples are "
-        "suspect of being copies.")),
-    "nearest_train_distance_reference": (
-        "Distance to the nearest training image: held-out images",
-        "The same for real images that the model has not seen."),
-    "num_samples": ("Samples", "Number of samples behind these numbers."),
-    "num_reference": ("Held-out images", "Number of real images they are compared with."),
-}
-
-
-def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
-    """Metrics as rows of Report.numbers: `key_se` is the error of `key`; unknown keys come last."""
-    known = [(key, *_METRICS[key]) for key in _METRICS if key in metrics]
-    other = [(key, key, "") for key, value in metrics.items() if key not in _METRICS
-             and isinstance(value, numbers.Real) and not key.endswith("_se")]
-    return [(name, metrics[key], metrics.get(f"{key}_se"), note)
-            for key, name, note in known + other]
-
-
-def _bpd_row(bpd: Any) -> Row:
-    values = _vector(bpd, "bpd")
-    n = len(values)
-    error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    return ("Bits per dimension", float(values.mean()), error,
-            (f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
-            "uniform guess over the grey levels scores log2(levels)."))
-
-
-def _neighbor_figure(samples: Array, neighbors: tuple[Array, Array], pairs: int) -> Image:
-    """The pairs of a sample and its nearest training image, closest first."""
-    left, right, distances = (torch.as_tensor(x).detach().cpu() for x in (samples, *neighbors))
-    if not len(left) == len(right) == distances.numel():
-        raise ValueError(f"train_neighbors must hold one image and one distance per sample "
-                         f"({len(left)}), got {len(right)} and {distances.numel()}")
-    closest = distances.flatten().argsort()[:pairs]
-    return side_by_side(left[closest], right[closest], distances.flatten()[closest],
-                        ncols=6 if len(closest) <= 48 else 12)
-
-
-def write_report(path: PathLike, *, title: str, subtitle: str = "", config_text: str | None = None,
-                 samples: Array | None = None, real: Array | None = None,
-                 train_neighbors: tuple[Array, Array] | None = None,
-                 loss_history: Mapping[str, Any] | None = None,
-                 frames: Sequence[tuple[float, Array]] | None = None, bpd: Any = None,
-                 metrics: Mapping[str, Any] | None = None, rows: Sequence[Row] = (),
-                 max_images: int = 64, max_pairs: int = 24, max_frames: int = 48) -> None:
-    """Write the report of one run; what is None is left out.
-
-    - samples, real: images (n, C, H, W) in [0, 1]; the first `max_images` of each are shown.
-    - train_neighbors: (images, distances) of the training image nearest to each of `samples`;
-      the `max_pairs` closest pairs are shown.
-    - loss_history: the arguments of loss_curve by name. bpd: bits per dimension (n,).
-    - frames: pairs (t, images) of the sampling of a few samples, thinned to `max_frames`.
-    - metrics: the dict of evaluation.low_dimensional_metrics, or any names and numbers.
-    - rows: further rows of the table of numbers, as in Report.numbers; they come first.
-    - config_text: shown folded.
-
-    Errors: ValueError where a part has the wrong shape; nothing is written then.
-    """
-    report = Report(title, subtitle)
-    table = [*rows, *([] if bpd is None else [_bpd_row(bpd)]), *metric_rows(metrics or {})]
-    report.numbers(table, "Results")
-    for note in (metrics or {}).get("notes", ()):
-        report.text(note, "Results")
-    for images, what in ((samples, "samples of the model"), (real, "real images")):
-        if images is not None:
-            shown = images[:max_images]
-            report.figure(image_grid(shown, padding=6), f"{len(shown)} {what}, not selected.",
-                          "Samples")
-    if frames:
-        picked = np.unique(np.linspace(0, len(frames) - 1, max_frames).round().astype(int))
-        report.figure(animation([frames[i] for i in picked], format="webp", padding=6),
-                      "From noise to images, as the sampler takes the diffusion time t down. "
-                      "Values outside [0, 1] are shown as black or white.", "Sampling")
-    curves = " and ".join(name for name, part in (("training", loss_history), ("likelihood", bpd))
-                          if part is not None).capitalize()
-    if loss_history is not None:
-        report.figure(loss_curve(**loss_history), "Loss over training.", curves)
-    if bpd is not None:
-        report.figure(histogram(bpd, "bits/dim", table[len(rows)][1]), "Bits per dimension of "
-                      "held-out images, one value per image.", curves)
-    if train_neighbors is not None and samples is not None:
-        report.figure(_neighbor_figure(samples, train_neighbors, max_pairs), "The samples that "
-                      f"come closest to a training image, of {len(samples)}: each on the left, "
-                      "its nearest training image on the right, their Euclidean distance below. "
-                      "Copies would look equal.", "Nearest training images", wide=True)
-    if config_text is not None:
-        report.details("Configuration", config_text)
-    report.save(path)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import visualize
+import visualize_report
 
 
 def images(n=6, channels=1, size=8, seed=0):
@@ -166,7 +167,7 @@ def full_report(path, **changes):
         "metrics": {"one_nn_accuracy": 0.5123, "one_nn_accuracy_se": 0.0214, "num_samples": 9,
                     "mine": 2.5, "notes": ["One <note>."]},
     }
-    visualize.write_report(path, **{**parts, **changes})
+    visualize_report.write_report(path, **{**parts, **changes})
     return path.read_text(encoding="utf-8")
 
 
@@ -194,14 +195,14 @@ def test_report_leaves_out_what_is_none(tmp_path, absent, heading):
 
 
 def test_report_of_a_title_alone_is_a_page(tmp_path):
-    visualize.write_report(tmp_path / "report.html", title="Nothing")
+    visualize_report.write_report(tmp_path / "report.html", title="Nothing")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<h1>Nothing</h1>" in page and "<h2>" not in page
 
 
 def test_report_escapes_everything_from_outside():
     bad = '"><script>alert(1)</script>'
-    report = visualize.Report(bad, bad)
+    report = visualize_report.Report(bad, bad)
     report.numbers([(bad, bad, None, bad)], section=bad)
     report.figure(png(), bad, bad)
     report.table([bad], [[bad]], bad, bad)
@@ -213,7 +214,7 @@ def test_report_escapes_everything_from_outside():
 
 
 def test_report_numbers_have_two_digits_of_their_error():
-    report = visualize.Report("t")
+    report = visualize_report.Report("t")
     report.numbers([("a", 1234.5678, 12.3, ""), ("b", torch.tensor(0.123456), 0.00123, ""),
                     ("c", np.float32(2), None, ""), ("d", 1234567, None, ""), ("e", "-", None, "")])
     page = re.sub("<[^>]*>", " ", report.html())
@@ -222,7 +223,7 @@ def test_report_numbers_have_two_digits_of_their_error():
 
 
 def test_report_takes_bytes_pillow_images_and_figures_and_refuses_others():
-    report = visualize.Report("t")
+    report = visualize_report.Report("t")
     report.figure(png())
     report.figure(Image.new("RGB", (3, 3)))
     report.figure(visualize.histogram([1.0, 2.0], "x"))
@@ -233,14 +234,14 @@ def test_report_takes_bytes_pillow_images_and_figures_and_refuses_others():
 
 def test_report_is_written_atomically(tmp_path, monkeypatch):
     path = tmp_path / "report.html"
-    visualize.Report("old").save(path)
+    visualize_report.Report("old").save(path)
 
     def fail(*_):
         raise OSError("disk")
 
     monkeypatch.setattr(os, "replace", fail)
     with pytest.raises(OSError, match="disk"):
-        visualize.Report("new").save(path)
+        visualize_report.Report("new").save(path)
     assert "old" in path.read_text(encoding="utf-8")
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
