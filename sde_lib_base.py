@@ -102,14 +102,14 @@ class SDE(abc.ABC):
             1, the default, is the reverse SDE (Song et al. 2021, eq. 6).
         """
         if isinstance(self, _Reverse):
-            raise TypeError(f"{type(self).__name__} is reversed already; reverse its forward_sde")
+            raise TypeError(f"{type(self).__name__} is reversed already; reverse the forward one")
         tau = (0.0 if probability_flow else 1.0) if tau is None else float(tau)
         if tau < 0:
             raise ValueError(f"reverse() needs tau ≥ 0, got {tau}")
         rsde = object.__new__(_reverse_class(type(self)))
         # Sharing the dictionary makes `N` and user attributes one and the same in both.
         object.__setattr__(rsde, "__dict__", self.__dict__)
-        for name, value in (("forward_sde", self), ("score_fn", score_fn), ("tau", tau)):
+        for name, value in zip(_Reverse.__slots__, (self, score_fn, tau), strict=True):
             object.__setattr__(rsde, name, value)
         return rsde
 
@@ -117,27 +117,29 @@ class SDE(abc.ABC):
 class _Reverse:
     """The reverse-time half of a class made by `SDE.reverse`."""
 
-    __slots__ = ("forward_sde", "score_fn", "tau")
-    forward_sde: SDE
-    score_fn: Callable
-    tau: float
+    # Named so that they hide no attribute of a user's process, whose dictionary is shared.
+    __slots__ = ("_forward_sde", "_reverse_score_fn", "_reverse_tau")
+    _forward_sde: SDE
+    _reverse_score_fn: Callable
+    _reverse_tau: float
 
     @property
     def probability_flow(self) -> bool:
-        return self.tau == 0
+        return self._reverse_tau == 0
 
     def sde(self, x, t):
         """Reverse drift and diffusion; one evaluation of the score."""
-        drift, diffusion = self.forward_sde.sde(x, t)
+        drift, diffusion = self._forward_sde.sde(x, t)
+        score, tau = self._reverse_score_fn(x, t), self._reverse_tau
         g = expand(torch.as_tensor(diffusion), x)
-        drift = drift - (0.5 * (1 + self.tau**2)) * g**2 * self.score_fn(x, t)
-        return drift, diffusion * self.tau
+        return drift - (0.5 * (1 + tau**2)) * g**2 * score, diffusion * tau
 
     def discretize(self, x, t):
         """f and G of the reverse iteration x_i = x_{i+1} − f + G z (Song et al. 2021, eq. 46)."""
-        f, G = self.forward_sde.discretize(x, t)
+        f, G = self._forward_sde.discretize(x, t)
+        score, tau = self._reverse_score_fn(x, t), self._reverse_tau
         g = expand(torch.as_tensor(G), x)
-        return f - (0.5 * (1 + self.tau**2)) * g**2 * self.score_fn(x, t), G * self.tau
+        return f - (0.5 * (1 + tau**2)) * g**2 * score, G * tau
 
 
 @functools.cache
