@@ -8,6 +8,8 @@ import ml_collections
 import pytest
 import torch
 
+import checkpoints
+import checkpoints_export
 import data_lib
 import likelihood
 import losses
@@ -136,3 +138,17 @@ def test_networks_optimizer_and_samplers_read_every_key_of_theirs():
     known = {key for key, _ in flatten(defaults.get_default_configs()) if key.startswith(kept)}
     used = {key for path in PUBLISHED for key, _ in flatten(load(path)) if key.startswith(kept)}
     assert (known | used) - seen <= set(NEVER_READ)
+
+
+@pytest.mark.parametrize("path", PUBLISHED)
+def test_a_checkpoint_goes_to_the_originals_layout_and_back_equal_to_the_bit(path, tmp_path):
+    config = scaled_down(path)
+    state, fresh = create_state(config), create_state(config)
+    step_fn(config, True)(state, images(config))
+    checkpoints_export.export_checkpoint(tmp_path / "theirs.pth", state, "score_sde")
+    checkpoints.restore_checkpoint(tmp_path / "theirs.pth", fresh)
+    ours, back = (s["model"].state_dict() for s in (state, fresh))
+    assert all(torch.equal(ours[key], back[key]) for key in ours)
+    averages = zip(state["ema"].shadow_params, fresh["ema"].shadow_params, strict=True)
+    assert all(torch.equal(a, b) for a, b in averages)
+    assert fresh["step"] == 1
