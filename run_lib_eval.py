@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +244,13 @@ class Evaluation:
             log.info(note)
             return {"notes": [note]}
         reference = self._real(self.eval_set, max(len(samples), 300))
-        return evaluation.low_dimensional_metrics(
-            samples, reference, self._real(self.train_set, TRAIN_IMAGES)
-        )
+        train = self._real(self.train_set, TRAIN_IMAGES)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the same sentences are in the notes
+            metrics = evaluation.low_dimensional_metrics(samples, reference, train)
+        for note in metrics["notes"]:
+            log.info("%s", note)
+        return metrics
 
     def _told(self, known):
         return conditioned(self.config, self.sde, self.model, known)
