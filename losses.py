@@ -181,6 +181,7 @@ def get_step_fn(
     Raises: FloatingPointError when non-finite steps persist.
     """
     loss_fn = get_loss_fn(sde, train, reduce_mean, continuous, likelihood_weighting, eps)
+    takes_norm = bool(optimize_fn) and "grad_norm" in inspect.signature(optimize_fn).parameters
 
     def train_step(state, batch, **conditions):
         if optimize_fn is None:
@@ -192,8 +193,7 @@ def get_step_fn(
         norm = _grad_norm(model.parameters())
         at, slope = torch.stack([loss.detach(), norm.to(loss)]).tolist()  # one synchronisation
         if math.isfinite(at) and math.isfinite(slope):
-            known = "grad_norm" in inspect.signature(optimize_fn).parameters
-            extra = {"grad_norm": norm} if known else {}
+            extra = {"grad_norm": norm} if takes_norm else {}
             optimize_fn(optimizer, model.parameters(), step=state["step"], **extra)
             state["ema"].update(model.parameters())
             state["nonfinite_in_a_row"] = 0

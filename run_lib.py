@@ -128,7 +128,7 @@ def train(config, workdir) -> dict[str, Any]:
 def check_same_experiment(config, workdir: Path) -> None:
     """Refuse to go on in a workdir whose weights belong to another experiment.
 
-    Raises: ValueError that lists the keys of model, process, data and seed that differ.
+    Raises: ValueError that lists the keys of model, process and data that differ.
     """
     path = workdir / "config.json"
     if not path.exists():

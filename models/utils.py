@@ -11,7 +11,6 @@ import torch
 from parametrization import (
     ScoreFunction,
     as_parametrization,
-    as_score_function,
     legacy_parametrization,
 )
 
@@ -169,7 +168,6 @@ def from_flattened_numpy(x: np.ndarray, shape) -> torch.Tensor:
 
 
 __all__ = [
-    "as_score_function",
     "create_model",
     "from_flattened_numpy",
     "get_ddpm_params",

@@ -30,17 +30,6 @@ class TanhSDE(toys.UserSDE):
         return -torch.tanh(x), torch.ones_like(t)
 
 
-class LongSDE(toys.UserSDE):
-    """An Ornstein–Uhlenbeck process on [0, 5]."""
-
-    def __init__(self, N=100):
-        super().__init__(theta=0.8, N=N)
-
-    @property
-    def T(self):
-        return 5
-
-
 class Counting:
     """A network of score_sde's conventions with the exact Gaussian score; counts its calls."""
 
@@ -54,7 +43,7 @@ class Counting:
 
 
 def make(name, N=1000):
-    others = {"user": toys.UserSDE, "tanh": TanhSDE, "long": LongSDE}
+    others = {"user": toys.UserSDE, "tanh": TanhSDE, "long": toys.LongSDE}
     return others[name](N=N) if name in others else toys.all_sdes(N)[name]
 
 

@@ -20,17 +20,6 @@ def make(name, N=1000):
     return toys.UserSDE(N=N) if name == "user" else toys.all_sdes(N)[name]
 
 
-class LongSDE(toys.UserSDE):
-    """An Ornstein–Uhlenbeck process on [0, 5]."""
-
-    def __init__(self, N=100):
-        super().__init__(theta=0.8, N=N)
-
-    @property
-    def T(self):
-        return 5
-
-
 class CubicSDE(toys.UserSDE):
     """A process whose drift is not affine."""
 
@@ -67,7 +56,7 @@ def test_variance_solves_its_differential_equation(name):
 
 @pytest.mark.parametrize("name", [*NAMES, "user", "long"])
 def test_inverse_lambda_inverts_lambda(name):
-    sde = LongSDE() if name == "long" else make(name)
+    sde = toys.LongSDE() if name == "long" else make(name)
     times = TIMES * float(sde.T)
     lam = sde_lib.half_log_snr(sde, times)
     assert (lam.diff() < 0).all()
@@ -334,7 +323,7 @@ def test_prior_logp_is_that_of_the_normal_distribution(name):
 
 
 def test_user_process_may_end_at_another_time():
-    sde = LongSDE(N=50)
+    sde = toys.LongSDE(N=50)
     x, t = torch.ones(2, 1, 1, 1), torch.tensor([1.0, 5.0])
     f, G = sde.discretize(x, t)
     torch.testing.assert_close(f, torch.full_like(x, -0.8 * 0.1))

@@ -47,6 +47,17 @@ class UserSDE(sde_lib.SDE):
         return -n / 2.0 * log_2pi - torch.sum(z**2, dim=(1, 2, 3)) / 2.0
 
 
+class LongSDE(UserSDE):
+    """An Ornstein–Uhlenbeck process on [0, 5]."""
+
+    def __init__(self, N=100):
+        super().__init__(theta=0.8, N=N)
+
+    @property
+    def T(self):
+        return 5
+
+
 def gaussian_score(sde, mean, std):
     """The exact score of x_t when the data are N(mean, std²) in each coordinate."""
 
