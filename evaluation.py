@@ -28,8 +28,10 @@ def _double(x: Array) -> torch.Tensor:
 
 def _require_finite(x: torch.Tensor, name: str) -> None:
     if not torch.isfinite(x).all():
-        raise ValueError(f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or "
-                         "infinite entries; find and drop what produced them first")
+        raise ValueError(
+            f"{name} must be finite, got {int((~torch.isfinite(x)).sum())} NaN or "
+            "infinite entries; find and drop what produced them first"
+        )
 
 
 def _points(x: Array, name: str) -> torch.Tensor:
@@ -67,17 +69,25 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     """
     mu1, sigma1, mu2, sigma2 = (_double(x) for x in (mu1, sigma1, mu2, sigma2))
     d = mu1.numel()
-    for name, x, shape in (("mu1", mu1, (d,)), ("sigma1", sigma1, (d, d)),
-                           ("mu2", mu2, (d,)), ("sigma2", sigma2, (d, d))):
+    for name, x, shape in (
+        ("mu1", mu1, (d,)),
+        ("sigma1", sigma1, (d, d)),
+        ("mu2", mu2, (d,)),
+        ("sigma2", sigma2, (d, d)),
+    ):
         if tuple(x.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape} to go with mu1, got "
-                             f"{tuple(x.shape)}; use gaussian_stats on features of one kind")
+            raise ValueError(
+                f"{name} must have shape {shape} to go with mu1, got "
+                f"{tuple(x.shape)}; use gaussian_stats on features of one kind"
+            )
         _require_finite(x, name)
     for name, x in (("sigma1", sigma1), ("sigma2", sigma2)):
         if not torch.allclose(x, x.T, rtol=1e-5, atol=1e-6 * float(x.abs().max())):
-            raise ValueError(f"{name} must be symmetric, got a difference of "
-                             f"{float((x - x.T).abs().max()):.3g} to its transpose; "
-                             "use gaussian_stats")
+            raise ValueError(
+                f"{name} must be symmetric, got a difference of "
+                f"{float((x - x.T).abs().max()):.3g} to its transpose; "
+                "use gaussian_stats"
+            )
     cross = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(float(distance), 0.0)
@@ -93,8 +103,10 @@ def gaussian_stats(features: Array) -> tuple[torch.Tensor, torch.Tensor]:
     """
     f = _double(features)
     if f.ndim != 2 or f.shape[0] < 2:
-        raise ValueError(f"features must have shape (n, d) with n >= 2, got {tuple(f.shape)}; "
-                         "flatten images with .flatten(1)")
+        raise ValueError(
+            f"features must have shape (n, d) with n >= 2, got {tuple(f.shape)}; "
+            "flatten images with .flatten(1)"
+        )
     _require_finite(f, "features")
     mu = f.mean(0)
     centred = f - mu
@@ -118,8 +130,9 @@ def _bootstrap_frechet(a: torch.Tensor, b: torch.Tensor, resamples: int, seed: i
     def draw(x: torch.Tensor) -> torch.Tensor:
         return x[torch.from_numpy(rng.integers(0, len(x), len(x))).to(x.device)]
 
-    return float(np.std([frechet_distance_from_samples(draw(a), draw(b))
-                         for _ in range(resamples)], ddof=1))
+    return float(
+        np.std([frechet_distance_from_samples(draw(a), draw(b)) for _ in range(resamples)], ddof=1)
+    )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,8 +145,9 @@ def _distances(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-def nearest_neighbors(queries: Array, references: Array, k: int = 1, *,
-                      chunk_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest_neighbors(
+    queries: Array, references: Array, k: int = 1, *, chunk_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The k nearest references of each query, by exact search in Euclidean distance.
 
     Distances are computed in float64 from differences, in blocks of `chunk_size` queries (by
@@ -145,8 +159,10 @@ def nearest_neighbors(queries: Array, references: Array, k: int = 1, *,
     """
     q, r = _points(queries, "queries"), _points(references, "references")
     if q.shape[1] != r.shape[1]:
-        raise ValueError(f"queries and references must have one dimension, got {q.shape[1]} and "
-                         f"{r.shape[1]}; pass images of equal shape")
+        raise ValueError(
+            f"queries and references must have one dimension, got {q.shape[1]} and "
+            f"{r.shape[1]}; pass images of equal shape"
+        )
     if not 1 <= k <= len(r):
         raise ValueError(f"k must be between 1 and {len(r)} (the references), got {k}")
     size = chunk_size or max(1, _CHUNK_BYTES // (8 * len(r)))
@@ -169,7 +185,7 @@ def _leave_one_out(own: torch.Tensor, other: torch.Tensor, chunk_size: int | Non
     size = chunk_size or max(1, _CHUNK_BYTES // (8 * n))
     outcomes, neighbours = [], []
     for start in range(0, n, size):
-        block = own[start:start + size]
+        block = own[start : start + size]
         inside = _distances(block, own)
         rows = torch.arange(len(block), device=own.device)
         inside[rows, rows + start] = math.inf
@@ -180,8 +196,9 @@ def _leave_one_out(own: torch.Tensor, other: torch.Tensor, chunk_size: int | Non
     return torch.cat(outcomes), torch.cat(neighbours)
 
 
-def nearest_neighbor_accuracy(a: Array, b: Array, *,
-                              chunk_size: int | None = None) -> TwoSampleTest:
+def nearest_neighbor_accuracy(
+    a: Array, b: Array, *, chunk_size: int | None = None
+) -> TwoSampleTest:
     """Leave-one-out accuracy of a 1-nearest-neighbour classifier that tells a from b.
 
     0.5: indistinguishable. Towards 1: two different distributions. Towards 0: one set copies the
@@ -203,9 +220,11 @@ def nearest_neighbor_accuracy(a: Array, b: Array, *,
     """
     x, y = _points(a, "a"), _points(b, "b")
     if x.shape != y.shape or len(x) < 2:
-        raise ValueError(f"a and b must be equally many (at least 2) points of one dimension, got "
-                         f"{tuple(x.shape)} and {tuple(y.shape)}; cut both to the smaller size "
-                         "(unequal sizes move the 0.5)")
+        raise ValueError(
+            f"a and b must be equally many (at least 2) points of one dimension, got "
+            f"{tuple(x.shape)} and {tuple(y.shape)}; cut both to the smaller size "
+            "(unequal sizes move the 0.5)"
+        )
     n = len(x)
     real, to_x = _leave_one_out(x, y, chunk_size)
     fake, to_y = _leave_one_out(y, x, chunk_size)
@@ -225,13 +244,17 @@ def _images(x: Array, name: str) -> torch.Tensor:
     """Images (n, C, H, W) in [0, 1] as (n, d) float64, checked."""
     x = torch.as_tensor(x)
     if x.ndim != 4 or x.shape[0] < 2 or not x.is_floating_point():
-        raise ValueError(f"{name} must be at least 2 float images (n, C, H, W) in [0, 1], got "
-                         f"{x.dtype} of shape {tuple(x.shape)}; divide uint8 images by 255")
+        raise ValueError(
+            f"{name} must be at least 2 float images (n, C, H, W) in [0, 1], got "
+            f"{x.dtype} of shape {tuple(x.shape)}; divide uint8 images by 255"
+        )
     points = _points(x, name)
     low, high = float(points.min()), float(points.max())
     if low < -1e-3 or high > 1 + 1e-3:
-        raise ValueError(f"{name} must lie in [0, 1], got [{low:.3g}, {high:.3g}]; "
-                         "apply the inverse scaler and clamp(0, 1)")
+        raise ValueError(
+            f"{name} must lie in [0, 1], got [{low:.3g}, {high:.3g}]; "
+            "apply the inverse scaler and clamp(0, 1)"
+        )
     return points
 
 
@@ -248,46 +271,69 @@ def _mean_and_error(key: str, values: torch.Tensor) -> dict[str, float]:
     return {key: float(values.mean()), f"{key}_se": float(values.std() / math.sqrt(n))}
 
 
-def _pixel_frechet(s: torch.Tensor, r: torch.Tensor, t: torch.Tensor | None, bootstrap: int,
-                   seed: int, notes: list[str]) -> dict[str, float]:
+def _pixel_frechet(
+    s: torch.Tensor,
+    r: torch.Tensor,
+    t: torch.Tensor | None,
+    bootstrap: int,
+    seed: int,
+    notes: list[str],
+) -> dict[str, float]:
     """The entries of the pixel Fréchet distance; says in `notes` what it leaves out or doubts."""
     d = s.shape[1]
     if d > MAX_FRECHET_PIXELS:
-        notes.append(f"No pixel Fréchet distance: {d} dimensions are more than "
-                     f"{MAX_FRECHET_PIXELS}; use FID.")
+        notes.append(
+            f"No pixel Fréchet distance: {d} dimensions are more than "
+            f"{MAX_FRECHET_PIXELS}; use FID."
+        )
         return {}
     fewest = min(len(s), len(r))
     if fewest <= d:
-        notes.append(f"The pixel Fréchet distance is unreliable: {fewest} images for {d} "
-                     "dimensions, so a covariance is singular; use more images.")
+        notes.append(
+            f"The pixel Fréchet distance is unreliable: {fewest} images for {d} "
+            "dimensions, so a covariance is singular; use more images."
+        )
     result = {"frechet_distance_pixels": frechet_distance_from_samples(s, r)}
     if bootstrap >= 2 and d <= MAX_BOOTSTRAP_PIXELS:
         result["frechet_distance_pixels_se"] = _bootstrap_frechet(s, r, bootstrap, seed)
     elif bootstrap >= 2:
-        notes.append(f"No standard error of the pixel Fréchet distance: {d} dimensions are more "
-                     f"than the {MAX_BOOTSTRAP_PIXELS} for which a bootstrap is quick.")
+        notes.append(
+            f"No standard error of the pixel Fréchet distance: {d} dimensions are more "
+            f"than the {MAX_BOOTSTRAP_PIXELS} for which a bootstrap is quick."
+        )
     if t is not None and len(t) >= len(s):
         result["frechet_distance_pixels_train"] = frechet_distance_from_samples(
-            _subset(t, len(s), seed), r)
+            _subset(t, len(s), seed), r
+        )
     return result
 
 
-def _pixel_one_nn(s: torch.Tensor, r: torch.Tensor, t: torch.Tensor | None,
-                  seed: int) -> dict[str, float]:
+def _pixel_one_nn(
+    s: torch.Tensor, r: torch.Tensor, t: torch.Tensor | None, seed: int
+) -> dict[str, float]:
     """The entries of the nearest-neighbour test, on sets cut to one size."""
     n = min(len(s), len(r))
     r = _subset(r, n, seed)
     test = nearest_neighbor_accuracy(r, _subset(s, n, seed))
-    result = {"one_nn_accuracy": test.accuracy, "one_nn_accuracy_se": test.standard_error,
-              "one_nn_accuracy_real": test.real, "one_nn_accuracy_fake": test.fake}
+    result = {
+        "one_nn_accuracy": test.accuracy,
+        "one_nn_accuracy_se": test.standard_error,
+        "one_nn_accuracy_real": test.real,
+        "one_nn_accuracy_fake": test.fake,
+    }
     if t is not None and len(t) >= n:
-        result["one_nn_accuracy_train"] = nearest_neighbor_accuracy(
-            r, _subset(t, n, seed)).accuracy
+        result["one_nn_accuracy_train"] = nearest_neighbor_accuracy(r, _subset(t, n, seed)).accuracy
     return result
 
 
-def low_dimensional_metrics(samples: Array, reference: Array, train: Array | None = None, *,
-                            bootstrap: int = 100, seed: int = 0) -> dict[str, Any]:
+def low_dimensional_metrics(
+    samples: Array,
+    reference: Array,
+    train: Array | None = None,
+    *,
+    bootstrap: int = 100,
+    seed: int = 0,
+) -> dict[str, Any]:
     """Distances between samples and held-out images that need no feature network.
 
     - `frechet_distance_pixels` on raw pixels, with a bootstrap standard error `…_se` (both sets
@@ -317,8 +363,9 @@ def low_dimensional_metrics(samples: Array, reference: Array, train: Array | Non
     result.update(_pixel_one_nn(s, r, t, seed))
     if t is not None:
         for key, x in (("", s), ("_reference", r)):
-            result.update(_mean_and_error(f"nearest_train_distance{key}",
-                                          nearest_neighbors(x, t)[0]))
+            result.update(
+                _mean_and_error(f"nearest_train_distance{key}", nearest_neighbors(x, t)[0])
+            )
     for note in notes:
         warnings.warn(note, stacklevel=2)
     return {**result, "notes": notes}

@@ -18,6 +18,7 @@ from checkpoints import restore_checkpoint, save_checkpoint
 from configs.validation import complete, flatten
 from models.ema import ExponentialMovingAverage
 from models.utils import create_model
+from randomness import seed_for
 from run_lib_eval import (
     Evaluation,
     conditioned,
@@ -26,7 +27,6 @@ from run_lib_eval import (
     fixed_subset,
     image_shape,
     sampling_eps,
-    seed_for,
 )
 from run_lib_journal import Journal, log, logging_to, plain, write_json
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import json
 import math
@@ -22,6 +21,7 @@ import sampling
 import visualize
 import visualize_report
 from models.utils import get_score_fn
+from randomness import seed_for
 from run_lib_journal import log, plain, progress_bar, read_history, write_json
 
 #: Samples whose way from noise is kept for the report's animation, and the number of frames.
@@ -30,11 +30,6 @@ LIKELIHOOD_EPS = 1e-5
 #: Limits of what is computed on raw pixels: numbers an image, samples, training images.
 METRIC_NUMBERS, METRIC_IMAGES, TRAIN_IMAGES = 1024, 5000, 20000
 NEIGHBOR_NUMBERS = 3 * 64 * 64
-
-
-def seed_for(*words) -> int:
-    """A seed that depends on these words alone, so that any step can be repeated by itself."""
-    return int.from_bytes(hashlib.sha256(repr(words).encode()).digest()[:7], "big")
 
 
 def sampling_eps(config, sde) -> float:

@@ -41,8 +41,10 @@ def to_uint8(images: Array) -> torch.Tensor:
     """
     x = torch.as_tensor(images).detach().cpu()
     if x.ndim != 4 or 0 in x.shape:
-        raise ValueError(f"images must have shape (n, C, H, W), none of them 0, got "
-                         f"{tuple(x.shape)}; add the batch axis with x[None]")
+        raise ValueError(
+            f"images must have shape (n, C, H, W), none of them 0, got "
+            f"{tuple(x.shape)}; add the batch axis with x[None]"
+        )
     if x.dtype == torch.uint8:
         return x
     if not x.is_floating_point():
@@ -56,8 +58,10 @@ def _pixels(images: Array, scale: int) -> np.ndarray:
     """(n, C, H, W) as bytes (n, H·scale, W·scale, C), each pixel a block."""
     x = to_uint8(images)
     if x.shape[1] not in (1, 3):
-        raise ValueError(f"images must have 1 or 3 channels, got {x.shape[1]}; "
-                         "choose channels to show, as in x[:, :3]")
+        raise ValueError(
+            f"images must have 1 or 3 channels, got {x.shape[1]}; "
+            "choose channels to show, as in x[:, :3]"
+        )
     return x.permute(0, 2, 3, 1).numpy().repeat(scale, 1).repeat(scale, 2)
 
 
@@ -65,11 +69,12 @@ def _tile(pixels: np.ndarray, ncols: int, padding: int) -> np.ndarray:
     """Tiles (n, h, w, C), row by row, as one picture (H, W, C) on white."""
     n, h, w, channels = pixels.shape
     rows = math.ceil(n / ncols)
-    canvas = np.full((rows * (h + padding) - padding, ncols * (w + padding) - padding, channels),
-                     255, np.uint8)
+    canvas = np.full(
+        (rows * (h + padding) - padding, ncols * (w + padding) - padding, channels), 255, np.uint8
+    )
     for i, tile in enumerate(pixels):
         y, x = (i // ncols) * (h + padding), (i % ncols) * (w + padding)
-        canvas[y:y + h, x:x + w] = tile
+        canvas[y : y + h, x : x + w] = tile
     return canvas
 
 
@@ -86,8 +91,9 @@ def _scale(scale: int | None, width: int, target: int = 400) -> int:
     return scale or max(1, math.ceil(target / width))
 
 
-def image_grid(images: Array, ncols: int | None = None, padding: int = 2,
-               scale: int | None = None) -> Image:
+def image_grid(
+    images: Array, ncols: int | None = None, padding: int = 2, scale: int | None = None
+) -> Image:
     """Images as one grid, row by row: a Pillow image, grey (L) or RGB.
 
     `ncols` is by default the least that makes the grid no higher than wide in tiles; `scale`
@@ -119,39 +125,57 @@ def _with_caption(canvas: np.ndarray, text: str, size: int) -> np.ndarray:
 
     width, channels = canvas.shape[1:]
     strip = Image.new("L", (width, math.ceil(1.6 * size)), 255)
-    ImageDraw.Draw(strip).text((width / 2, 0.8 * size), text, fill=40, anchor="mm",
-                               font=ImageFont.load_default(size))
+    ImageDraw.Draw(strip).text(
+        (width / 2, 0.8 * size), text, fill=40, anchor="mm", font=ImageFont.load_default(size)
+    )
     rows = np.repeat(np.asarray(strip)[..., None], channels, -1)
     return np.concatenate([canvas, rows])
 
 
-def side_by_side(left: Array, right: Array, distances: Array | None = None,
-                 ncols: int | None = None, scale: int | None = None) -> Image:
+def side_by_side(
+    left: Array,
+    right: Array,
+    distances: Array | None = None,
+    ncols: int | None = None,
+    scale: int | None = None,
+) -> Image:
     """Pairs of images, left beside right, with the distance of each pair printed below it.
 
     Shapes: left, right (n, C, H, W), distances (n,) or (n, 1); `ncols` counts pairs.
     Errors: as image_grid; ValueError for numbers or shapes that differ.
     """
     if left.shape != right.shape:
-        raise ValueError(f"left and right must have one shape, got {tuple(left.shape)} and "
-                         f"{tuple(right.shape)}")
+        raise ValueError(
+            f"left and right must have one shape, got {tuple(left.shape)} and {tuple(right.shape)}"
+        )
     n, width = len(left), left.shape[-1]
     ncols = min(ncols or math.ceil(math.sqrt(n)), n)
     scale = _scale(scale, 2 * ncols * width, target=140 * ncols)
-    pairs = [_tile(np.stack(pair), 2, 2)
-             for pair in zip(_pixels(left, scale), _pixels(right, scale), strict=True)]
+    pairs = [
+        _tile(np.stack(pair), 2, 2)
+        for pair in zip(_pixels(left, scale), _pixels(right, scale), strict=True)
+    ]
     if distances is not None:
         values = torch.as_tensor(distances).detach().cpu().flatten().tolist()
         if len(values) != n:
             raise ValueError(f"distances must hold one number per pair ({n}), got {len(values)}")
         size = max(12, pairs[0].shape[1] // 7)
-        pairs = [_with_caption(pair, f"{value:#.3g}", size)
-                 for pair, value in zip(pairs, values, strict=True)]
+        pairs = [
+            _with_caption(pair, f"{value:#.3g}", size)
+            for pair, value in zip(pairs, values, strict=True)
+        ]
     return _to_pil(_tile(np.stack(pairs), ncols, padding=10))
 
 
-def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float = 12,
-              hold: float = 1.5, format: str = "gif", **grid: Any) -> bytes:
+def animation(
+    frames: Sequence[Any],
+    path: PathLike | None = None,
+    *,
+    fps: float = 12,
+    hold: float = 1.5,
+    format: str = "gif",
+    **grid: Any,
+) -> bytes:
     """Sampling over time as an endless animated picture; the last frame stays `hold` seconds.
 
     `frames` are images or pairs (t, images), t then written below the frame. The extension of
@@ -179,8 +203,15 @@ def animation(frames: Sequence[Any], path: PathLike | None = None, *, fps: float
     if kind == "webp":
         pictures = [p.convert("RGB") for p in pictures]
     buffer = io.BytesIO()
-    pictures[0].save(buffer, kind.upper(), save_all=True, append_images=pictures[1:],
-                     duration=durations, loop=0, **options)
+    pictures[0].save(
+        buffer,
+        kind.upper(),
+        save_all=True,
+        append_images=pictures[1:],
+        duration=durations,
+        loop=0,
+        **options,
+    )
     if path is not None:
         write_atomic(path, buffer.getvalue())
     return buffer.getvalue()
@@ -234,14 +265,20 @@ def loss_curve(steps: Any, losses: Any, eval_steps: Any = None, eval_losses: Any
     thin = slice(None, None, max(1, len(y) // 4000))
     if reach:
         axes.plot(x[thin], y[thin], color=_BLUE, alpha=0.3, linewidth=0.8, label="training, raw")
-    axes.plot(x[thin], smoothed[thin], color=_BLUE, linewidth=1.8,
-              marker="o" if len(y) == 1 else None,
-              label="training, smoothed" if reach else "training")
+    axes.plot(
+        x[thin],
+        smoothed[thin],
+        color=_BLUE,
+        linewidth=1.8,
+        marker="o" if len(y) == 1 else None,
+        label="training, smoothed" if reach else "training",
+    )
     shown = [y]
     if eval_steps is not None and len(eval_steps):
         ex, ey = _curve(eval_steps, eval_losses, "eval_losses")
-        axes.plot(ex, ey, color=_ORANGE, linewidth=1.5, marker="o", markersize=4,
-                  label="evaluation")
+        axes.plot(
+            ex, ey, color=_ORANGE, linewidth=1.5, marker="o", markersize=4, label="evaluation"
+        )
         shown.append(ey)
     low, high = min(v.min() for v in shown), max(v.max() for v in shown)
     if low > 0 and high / low > 10:
@@ -262,8 +299,9 @@ def _curve(steps: Any, values: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     return x[keep], y[keep]
 
 
-def histogram(values: Any, xlabel: str, mark: float | None = None,
-              mark_label: str = "mean") -> Figure:
+def histogram(
+    values: Any, xlabel: str, mark: float | None = None, mark_label: str = "mean"
+) -> Figure:
     """Histogram of the finite values, with a labelled vertical line at `mark` if given.
 
     Errors: ValueError if no value is finite.
@@ -271,8 +309,14 @@ def histogram(values: Any, xlabel: str, mark: float | None = None,
     x = vector(values, "values")
     x = x[np.isfinite(x)]
     figure, axes = _axes(xlabel, "count")
-    axes.hist(x, bins=min(60, max(10, math.ceil(2 * len(x) ** (1 / 3)))), color=_BLUE, alpha=0.75,
-              edgecolor="white", linewidth=0.5)
+    axes.hist(
+        x,
+        bins=min(60, max(10, math.ceil(2 * len(x) ** (1 / 3)))),
+        color=_BLUE,
+        alpha=0.75,
+        edgecolor="white",
+        linewidth=0.5,
+    )
     if mark is not None and math.isfinite(mark):
         axes.axvline(mark, color=_ORANGE, linewidth=2, label=f"{mark_label} {mark:.4g}")
         axes.legend(frameon=False)

@@ -120,13 +120,16 @@ class Report:
         body = "".join(
             f'<tr><th scope="row">{html.escape(name)}<span class="note">{html.escape(note)}</span>'
             f'</th><td class="number">{_number(value, error)}</td></tr>'
-            for name, value, error, note in rows)
+            for name, value, error, note in rows
+        )
         if body:
-            self._add(section, "table",
-                      f'<div class="table"><table><tbody>{body}</tbody></table></div>')
+            self._add(
+                section, "table", f'<div class="table"><table><tbody>{body}</tbody></table></div>'
+            )
 
-    def figure(self, picture: Picture, caption: str = "", section: str = "", *,
-               wide: bool = False) -> None:
+    def figure(
+        self, picture: Picture, caption: str = "", section: str = "", *, wide: bool = False
+    ) -> None:
         """Add a picture (bytes of an image file, a Pillow image or a matplotlib Figure).
 
         Pictures that follow each other share a row where they fit; a `wide` one has its own.
@@ -139,23 +142,39 @@ class Report:
             with Image.open(io.BytesIO(data)) as image:
                 mime, (width, height) = Image.MIME[image.format or ""], image.size
         except UnidentifiedImageError:
-            raise ValueError(f"picture must be an image file, got {len(data)} bytes of something "
-                             "else; pass the file's content, not its path") from None
+            raise ValueError(
+                f"picture must be an image file, got {len(data)} bytes of something "
+                "else; pass the file's content, not its path"
+            ) from None
         text = html.escape(caption)
-        self._add(section, "figure",
-                  f'<figure{" class=wide" if wide else ""}><img width="{width}" height="{height}" '
-                  f'alt="{text}" src="data:{mime};base64,{base64.b64encode(data).decode()}">'
-                  f'<figcaption>{text}</figcaption></figure>')
+        self._add(
+            section,
+            "figure",
+            f'<figure{" class=wide" if wide else ""}><img width="{width}" height="{height}" '
+            f'alt="{text}" src="data:{mime};base64,{base64.b64encode(data).decode()}">'
+            f"<figcaption>{text}</figcaption></figure>",
+        )
 
-    def table(self, header: Sequence[str], rows: Iterable[Sequence[Any]], caption: str = "",
-              section: str = "") -> None:
+    def table(
+        self,
+        header: Sequence[str],
+        rows: Iterable[Sequence[Any]],
+        caption: str = "",
+        section: str = "",
+    ) -> None:
         """Add a table of any cells; numbers are shown to four digits."""
         head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in header)
-        body = "".join("<tr>" + "".join(f"<td>{_number(cell, None)}</td>" for cell in row) + "</tr>"
-                       for row in rows)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{_number(cell, None)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
         note = f"<caption>{html.escape(caption)}</caption>" if caption else ""
-        self._add(section, "table", f'<div class="table"><table>{note}<thead><tr>{head}</tr>'
-                                    f"</thead><tbody>{body}</tbody></table></div>")
+        self._add(
+            section,
+            "table",
+            f'<div class="table"><table>{note}<thead><tr>{head}</tr>'
+            f"</thead><tbody>{body}</tbody></table></div>",
+        )
 
     def text(self, text: str, section: str = "") -> None:
         """Add a paragraph."""
@@ -163,8 +182,12 @@ class Report:
 
     def details(self, title: str, text: str, section: str = "") -> None:
         """Add text of fixed width, such as a configuration, folded under its title."""
-        self._add(section, "details", f"<details><summary>{html.escape(title)}</summary>"
-                                      f"<pre>{html.escape(text)}</pre></details>")
+        self._add(
+            section,
+            "details",
+            f"<details><summary>{html.escape(title)}</summary>"
+            f"<pre>{html.escape(text)}</pre></details>",
+        )
 
     def html(self) -> str:
         """The whole page."""
@@ -177,11 +200,13 @@ class Report:
                 parts.append(f'<div class="figures">{body}</div>' if kind == "figure" else body)
         title = html.escape(self.title)
         subtitle = f'<p class="subtitle">{html.escape(self.subtitle)}</p>' if self.subtitle else ""
-        return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-                '<meta name="viewport" content="width=device-width, initial-scale=1">'
-                f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
-                f"<style>{_CSS}</style></head>\n<body><main><header><h1>{title}</h1>{subtitle}"
-                "</header>\n" + "\n".join(parts) + "\n</main></body></html>\n")
+        return (
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
+            f"<style>{_CSS}</style></head>\n<body><main><header><h1>{title}</h1>{subtitle}"
+            "</header>\n" + "\n".join(parts) + "\n</main></body></html>\n"
+        )
 
     def save(self, path: PathLike) -> None:
         """Write the page to `path` atomically: a reader sees the old file or the whole new one."""
@@ -195,31 +220,45 @@ class Report:
 _METRICS = {
     "frechet_distance_pixels": (
         "Fréchet distance, pixels",
-        ("Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
-        "better, but not 0 even for a perfect model with finitely many images.")),
+        (
+            "Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
+            "better, but not 0 even for a perfect model with finitely many images."
+        ),
+    ),
     "frechet_distance_pixels_train": (
         "Fréchet distance, pixels: real training images",
-        "As many real images in place of the samples: what a perfect model would score."),
+        "As many real images in place of the samples: what a perfect model would score.",
+    ),
     "one_nn_accuracy": (
         "1-NN accuracy",
-        ("How often the nearest neighbour tells samples from held-out real images. 0.5 is best: "
-        "they cannot be told apart; 1 means always told apart; near 0 means copies.")),
+        (
+            "How often the nearest neighbour tells samples from held-out real images. 0.5 is best: "
+            "they cannot be told apart; 1 means always told apart; near 0 means copies."
+        ),
+    ),
     "one_nn_accuracy_real": (
         "1-NN accuracy on real images",
-        "Much lower than on samples: the samples are more alike than real images are."),
+        "Much lower than on samples: the samples are more alike than real images are.",
+    ),
     "one_nn_accuracy_fake": (
         "1-NN accuracy on samples",
-        "Much lower than on real images: the samples are more spread out than real images are."),
+        "Much lower than on real images: the samples are more spread out than real images are.",
+    ),
     "one_nn_accuracy_train": (
         "1-NN accuracy: real training images",
-        "Real images in place of the samples: what a perfect model would score."),
+        "Real images in place of the samples: what a perfect model would score.",
+    ),
     "nearest_train_distance": (
         "Distance to the nearest training image: samples",
-        ("Mean Euclidean distance over pixels in [0, 1]. Much below the next row, samples are "
-        "suspect of being copies.")),
+        (
+            "Mean Euclidean distance over pixels in [0, 1]. Much below the next row, samples are "
+            "suspect of being copies."
+        ),
+    ),
     "nearest_train_distance_reference": (
         "Distance to the nearest training image: held-out images",
-        "The same for real images that the model has not seen."),
+        "The same for real images that the model has not seen.",
+    ),
     "num_samples": ("Samples", "Number of samples behind these numbers."),
     "num_reference": ("Held-out images", "Number of real images they are compared with."),
 }
@@ -228,39 +267,66 @@ _METRICS = {
 def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """Metrics as rows of Report.numbers: `key_se` is the error of `key`; unknown keys come last."""
     known = [(key, *_METRICS[key]) for key in _METRICS if key in metrics]
-    other = [(key, key, "") for key, value in metrics.items() if key not in _METRICS
-             and isinstance(value, numbers.Real) and not key.endswith("_se")]
-    return [(name, metrics[key], metrics.get(f"{key}_se"), note)
-            for key, name, note in known + other]
+    other = [
+        (key, key, "")
+        for key, value in metrics.items()
+        if key not in _METRICS and isinstance(value, numbers.Real) and not key.endswith("_se")
+    ]
+    return [
+        (name, metrics[key], metrics.get(f"{key}_se"), note) for key, name, note in known + other
+    ]
 
 
 def _bpd_row(bpd: Any) -> Row:
     values = vector(bpd, "bpd")
     n = len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    return ("Bits per dimension", float(values.mean()), error,
-            (f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
-            "uniform guess over the grey levels scores log2(levels)."))
+    return (
+        "Bits per dimension",
+        float(values.mean()),
+        error,
+        (
+            f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
+            "uniform guess over the grey levels scores log2(levels)."
+        ),
+    )
 
 
 def _neighbor_figure(samples: Array, neighbors: tuple[Array, Array], pairs: int) -> Image:
     """The pairs of a sample and its nearest training image, closest first."""
     left, right, distances = (torch.as_tensor(x).detach().cpu() for x in (samples, *neighbors))
     if not len(left) == len(right) == distances.numel():
-        raise ValueError(f"train_neighbors must hold one image and one distance per sample "
-                         f"({len(left)}), got {len(right)} and {distances.numel()}")
+        raise ValueError(
+            f"train_neighbors must hold one image and one distance per sample "
+            f"({len(left)}), got {len(right)} and {distances.numel()}"
+        )
     closest = distances.flatten().argsort()[:pairs]
-    return side_by_side(left[closest], right[closest], distances.flatten()[closest],
-                        ncols=6 if len(closest) <= 48 else 12)
+    return side_by_side(
+        left[closest],
+        right[closest],
+        distances.flatten()[closest],
+        ncols=6 if len(closest) <= 48 else 12,
+    )
 
 
-def write_report(path: PathLike, *, title: str, subtitle: str = "", config_text: str | None = None,
-                 samples: Array | None = None, real: Array | None = None,
-                 train_neighbors: tuple[Array, Array] | None = None,
-                 loss_history: Mapping[str, Any] | None = None,
-                 frames: Sequence[tuple[float, Array]] | None = None, bpd: Any = None,
-                 metrics: Mapping[str, Any] | None = None, rows: Sequence[Row] = (),
-                 max_images: int = 64, max_pairs: int = 24, max_frames: int = 48) -> None:
+def write_report(
+    path: PathLike,
+    *,
+    title: str,
+    subtitle: str = "",
+    config_text: str | None = None,
+    samples: Array | None = None,
+    real: Array | None = None,
+    train_neighbors: tuple[Array, Array] | None = None,
+    loss_history: Mapping[str, Any] | None = None,
+    frames: Sequence[tuple[float, Array]] | None = None,
+    bpd: Any = None,
+    metrics: Mapping[str, Any] | None = None,
+    rows: Sequence[Row] = (),
+    max_images: int = 64,
+    max_pairs: int = 24,
+    max_frames: int = 48,
+) -> None:
     """Write the report of one run; what is None is left out.
 
     - samples, real: images (n, C, H, W) in [0, 1]; the first `max_images` of each are shown.
@@ -282,25 +348,38 @@ def write_report(path: PathLike, *, title: str, subtitle: str = "", config_text:
     for images, what in ((samples, "samples of the model"), (real, "real images")):
         if images is not None:
             shown = images[:max_images]
-            report.figure(image_grid(shown, padding=6), f"{len(shown)} {what}, not selected.",
-                          "Samples")
+            report.figure(
+                image_grid(shown, padding=6), f"{len(shown)} {what}, not selected.", "Samples"
+            )
     if frames:
         picked = np.unique(np.linspace(0, len(frames) - 1, max_frames).round().astype(int))
-        report.figure(animation([frames[i] for i in picked], format="webp", padding=6),
-                      "From noise to images, as the sampler takes the diffusion time t down. "
-                      "Values outside [0, 1] are shown as black or white.", "Sampling")
-    curves = " and ".join(name for name, part in (("training", loss_history), ("likelihood", bpd))
-                          if part is not None).capitalize()
+        report.figure(
+            animation([frames[i] for i in picked], format="webp", padding=6),
+            "From noise to images, as the sampler takes the diffusion time t down. "
+            "Values outside [0, 1] are shown as black or white.",
+            "Sampling",
+        )
+    curves = " and ".join(
+        name for name, part in (("training", loss_history), ("likelihood", bpd)) if part is not None
+    ).capitalize()
     if loss_history is not None:
         report.figure(loss_curve(**loss_history), "Loss over training.", curves)
     if bpd is not None:
-        report.figure(histogram(bpd, "bits/dim", table[len(rows)][1]), "Bits per dimension of "
-                      "held-out images, one value per image.", curves)
+        report.figure(
+            histogram(bpd, "bits/dim", table[len(rows)][1]),
+            "Bits per dimension of held-out images, one value per image.",
+            curves,
+        )
     if train_neighbors is not None and samples is not None:
-        report.figure(_neighbor_figure(samples, train_neighbors, max_pairs), "The samples that "
-                      f"come closest to a training image, of {len(samples)}: each on the left, "
-                      "its nearest training image on the right, their Euclidean distance below. "
-                      "Copies would look equal.", "Nearest training images", wide=True)
+        report.figure(
+            _neighbor_figure(samples, train_neighbors, max_pairs),
+            "The samples that "
+            f"come closest to a training image, of {len(samples)}: each on the left, "
+            "its nearest training image on the right, their Euclidean distance below. "
+            "Copies would look equal.",
+            "Nearest training images",
+            wide=True,
+        )
     if config_text is not None:
         report.details("Configuration", config_text)
     report.save(path)

@@ -35,8 +35,9 @@ def test_frechet_distance_of_a_shift_is_its_square():
 def test_frechet_distance_of_commuting_covariances_is_closed_form():
     basis = torch.linalg.qr(normal(6, 6)).Q
     s1, s2 = uniform(6, seed=1).double(), uniform(6, seed=2).double()
-    got = evaluation.frechet_distance(torch.zeros(6), basis * s1**2 @ basis.T,
-                                      torch.zeros(6), basis * s2**2 @ basis.T)
+    got = evaluation.frechet_distance(
+        torch.zeros(6), basis * s1**2 @ basis.T, torch.zeros(6), basis * s2**2 @ basis.T
+    )
     assert got == pytest.approx(float((s1 - s2).square().sum()), abs=1e-12)
 
 
@@ -115,9 +116,12 @@ def test_one_nn_accuracy_is_one_for_disjoint_sets_and_zero_for_copies():
 
 @pytest.mark.parametrize("d", [2, 30])
 def test_one_nn_accuracy_of_equal_distributions_is_a_half_with_the_stated_error(d):
-    tests = [evaluation.nearest_neighbor_accuracy(normal(100, d, seed=2 * i),
-                                                  normal(100, d, seed=2 * i + 1))
-             for i in range(300)]
+    tests = [
+        evaluation.nearest_neighbor_accuracy(
+            normal(100, d, seed=2 * i), normal(100, d, seed=2 * i + 1)
+        )
+        for i in range(300)
+    ]
     accuracy = torch.tensor([t.accuracy for t in tests])
     spread = float(accuracy.std())
     assert abs(float(accuracy.mean()) - 0.5) < 4 * spread / math.sqrt(300)
@@ -141,8 +145,9 @@ def test_one_nn_per_set_accuracies_tell_the_more_concentrated_set():
 def test_one_nn_does_not_depend_on_the_chunk_and_refuses_unequal_sizes():
     a, b = normal(31, 3), 1.3 * normal(31, 3, seed=1)
     want = evaluation.nearest_neighbor_accuracy(a, b)
-    assert all(evaluation.nearest_neighbor_accuracy(a, b, chunk_size=c) == want
-               for c in (1, 8, 1000))
+    assert all(
+        evaluation.nearest_neighbor_accuracy(a, b, chunk_size=c) == want for c in (1, 8, 1000)
+    )
     with pytest.raises(ValueError, match="equally many"):
         evaluation.nearest_neighbor_accuracy(a, b[:30])
 
@@ -160,7 +165,8 @@ def test_low_dimensional_metrics_of_real_images_match_their_own_floor():
     assert abs(got["frechet_distance_pixels"] - floor) < 6 * error
     assert abs(got["one_nn_accuracy"] - 0.5) < 4 * got["one_nn_accuracy_se"]
     assert got["nearest_train_distance"] == pytest.approx(
-        got["nearest_train_distance_reference"], rel=0.1)
+        got["nearest_train_distance_reference"], rel=0.1
+    )
     again = evaluation.low_dimensional_metrics(images[:200], images[200:450], images[450:])
     assert again == got
 
@@ -177,8 +183,10 @@ def test_low_dimensional_metrics_without_training_images_have_no_training_keys()
 
 
 def test_low_dimensional_metrics_say_what_large_images_leave_out():
-    with (pytest.warns(UserWarning, match="No standard error"),
-          pytest.warns(UserWarning, match="unreliable: 20 images for 300 dimensions")):
+    with (
+        pytest.warns(UserWarning, match="No standard error"),
+        pytest.warns(UserWarning, match="unreliable: 20 images for 300 dimensions"),
+    ):
         got = evaluation.low_dimensional_metrics(uniform(20, 3, 10, 10), uniform(30, 3, 10, 10))
     assert "frechet_distance_pixels" in got and "frechet_distance_pixels_se" not in got
     assert len(got["notes"]) == 2

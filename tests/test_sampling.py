@@ -444,9 +444,11 @@ def test_a_given_source_of_noise_is_reproducible_and_leaves_the_global_state(nam
     for _ in range(2):
         torch.rand(len(results) + 3)
         before = torch.get_rng_state()
-        given = {"generator": torch.Generator().manual_seed(5)} if source == "generator" else {
-            "seeds": [1, 2, 3, 4]
-        }
+        given = (
+            {"generator": torch.Generator().manual_seed(5)}
+            if source == "generator"
+            else {"seeds": [1, 2, 3, 4]}
+        )
         x, _ = pc(sde, "reverse_diffusion", "ald", **given)(Counting(sde))
         z, _ = get_ode_sampler(sde, (4, 1, 2, 2), identity, **given)(Counting(sde))
         assert torch.equal(torch.get_rng_state(), before)

@@ -60,9 +60,7 @@ def test_inverse_lambda_inverts_lambda(name):
     times = TIMES * float(sde.T)
     lam = sde_lib.half_log_snr(sde, times)
     assert (lam.diff() < 0).all()
-    torch.testing.assert_close(
-        sde_lib.time_of_half_log_snr(sde, lam), times, rtol=1e-8, atol=1e-11
-    )
+    torch.testing.assert_close(sde_lib.time_of_half_log_snr(sde, lam), times, rtol=1e-8, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", NAMES)

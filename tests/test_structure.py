@@ -11,17 +11,20 @@ ROOT = Path(__file__).resolve().parent.parent
 DOORS = {"utils", "datasets"}
 # Seams (modules named after their room) share the room's row.
 ROOMS = {
+    "randomness": set(),
+    "distributed": set(),
     "sde_lib": set(),
     "parametrization": {"sde_lib"},
     "divergence": {"sde_lib"},
     "ode": set(),
     "models": {"sde_lib", "parametrization"},
-    "losses": {"sde_lib", "parametrization", "models", "divergence"},
+    "losses": {"sde_lib", "parametrization", "models", "divergence", "distributed"},
     "sampling": {"sde_lib", "parametrization", "models", "ode"},
+    "solvers": {"sampling", "sde_lib", "parametrization"},
     "likelihood": {"sde_lib", "models", "ode", "divergence"},
     "configs": set(),
-    "data_lib": set(),
-    "evaluation": set(),
+    "data_lib": {"distributed"},
+    "evaluation": {"distributed", "randomness"},
     "checkpoints": {"models", "configs"},
     "visualize": set(),
     "run_lib": None,  # every room

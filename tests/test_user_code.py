@@ -11,7 +11,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 
 #: What a user of score_sde has in one file: a process, a predictor, a corrector, a network.
-USER_FILE = '''
+USER_FILE = """
 import functools
 
 import ml_collections
@@ -131,7 +131,7 @@ def trained(steps=30):
     assert state["step"] == steps and np.isfinite(values).all()
     assert np.isfinite(eval_fn(state, data()).item())
     return state
-'''
+"""
 
 SCENARIOS = {
     "training": """

@@ -60,7 +60,8 @@ def test_image_grid_places_every_image(channels, mode):
         y, left = 10 * (i // 3), 10 * (i % 3)
         for corner in (0, 1):
             np.testing.assert_array_equal(
-                pixels[y + corner:y + 8:2, left + corner:left + 8:2], want[i])
+                pixels[y + corner : y + 8 : 2, left + corner : left + 8 : 2], want[i]
+            )
 
 
 def test_image_grid_enlarges_small_images_and_leaves_large_ones():
@@ -83,10 +84,10 @@ def test_side_by_side_pairs_images_with_their_distances():
     left, right = images(6), images(6, seed=1)
     plain = visualize.side_by_side(left, right, ncols=3, scale=4)
     assert plain.size == (3 * (64 + 2) + 2 * 10, 2 * 32 + 10)
-    np.testing.assert_array_equal(np.asarray(plain)[:32:4, :32:4],
-                                  visualize.to_uint8(left)[0, 0])
-    np.testing.assert_array_equal(np.asarray(plain)[:32:4, 34:66:4],
-                                  visualize.to_uint8(right)[0, 0])
+    np.testing.assert_array_equal(np.asarray(plain)[:32:4, :32:4], visualize.to_uint8(left)[0, 0])
+    np.testing.assert_array_equal(
+        np.asarray(plain)[:32:4, 34:66:4], visualize.to_uint8(right)[0, 0]
+    )
     captioned = visualize.side_by_side(left, right, torch.rand(6, 1), ncols=3, scale=4)
     assert captioned.width == plain.width and captioned.height > plain.height
     with pytest.raises(ValueError, match="one number per pair"):
@@ -159,13 +160,23 @@ def test_histogram_marks_the_mean_and_counts_finite_values():
 
 def full_report(path, **changes):
     parts = {
-        "title": "Digits", "subtitle": "8x8", "config_text": "model.nf = 32", "samples": images(9),
-        "real": images(9, seed=1), "train_neighbors": (images(9, seed=2), torch.rand(9, 1)),
+        "title": "Digits",
+        "subtitle": "8x8",
+        "config_text": "model.nf = 32",
+        "samples": images(9),
+        "real": images(9, seed=1),
+        "train_neighbors": (images(9, seed=2), torch.rand(9, 1)),
         "loss_history": {"steps": [1, 2, 3], "losses": [3.0, 2.0, 1.0]},
         "frames": [(1 - i / 60, images(4, seed=i)) for i in range(60)],
-        "bpd": torch.rand(20), "rows": [("Evaluations", 100, None, "per sample")],
-        "metrics": {"one_nn_accuracy": 0.5123, "one_nn_accuracy_se": 0.0214, "num_samples": 9,
-                    "mine": 2.5, "notes": ["One <note>."]},
+        "bpd": torch.rand(20),
+        "rows": [("Evaluations", 100, None, "per sample")],
+        "metrics": {
+            "one_nn_accuracy": 0.5123,
+            "one_nn_accuracy_se": 0.0214,
+            "num_samples": 9,
+            "mine": 2.5,
+            "notes": ["One <note>."],
+        },
     }
     visualize_report.write_report(path, **{**parts, **changes})
     return path.read_text(encoding="utf-8")
@@ -177,17 +188,35 @@ def test_report_is_self_contained_and_has_every_part(tmp_path):
     assert len(sources) == 6 and all(source.startswith("data:image/") for source in sources)
     assert "http:" not in page and "https:" not in page and "<script" not in page
     assert str(tmp_path) not in page
-    for part in ("Digits", "8x8", "model.nf = 32", "1-NN accuracy", "mine", "Evaluations",
-                 "One &lt;note&gt;.", "data:image/webp", "prefers-color-scheme", "viewport"):
+    for part in (
+        "Digits",
+        "8x8",
+        "model.nf = 32",
+        "1-NN accuracy",
+        "mine",
+        "Evaluations",
+        "One &lt;note&gt;.",
+        "data:image/webp",
+        "prefers-color-scheme",
+        "viewport",
+    ):
         assert part in page
     assert '0.512 <span class="error">± 0.021</span>' in page
 
 
-@pytest.mark.parametrize(("absent", "heading"), [
-    ("config_text", "<details>"), ("frames", "<h2>Sampling"), ("metrics", "1-NN accuracy"),
-    ("train_neighbors", "<h2>Nearest"), ("bpd", "Bits per dimension"),
-    ("loss_history", "Loss over"), ("real", "real images, not"),
-    ("samples", "samples of the model")])
+@pytest.mark.parametrize(
+    ("absent", "heading"),
+    [
+        ("config_text", "<details>"),
+        ("frames", "<h2>Sampling"),
+        ("metrics", "1-NN accuracy"),
+        ("train_neighbors", "<h2>Nearest"),
+        ("bpd", "Bits per dimension"),
+        ("loss_history", "Loss over"),
+        ("real", "real images, not"),
+        ("samples", "samples of the model"),
+    ],
+)
 def test_report_leaves_out_what_is_none(tmp_path, absent, heading):
     if absent == "config_text":
         assert heading in full_report(tmp_path / "full.html")
@@ -215,8 +244,15 @@ def test_report_escapes_everything_from_outside():
 
 def test_report_numbers_have_two_digits_of_their_error():
     report = visualize_report.Report("t")
-    report.numbers([("a", 1234.5678, 12.3, ""), ("b", torch.tensor(0.123456), 0.00123, ""),
-                    ("c", np.float32(2), None, ""), ("d", 1234567, None, ""), ("e", "-", None, "")])
+    report.numbers(
+        [
+            ("a", 1234.5678, 12.3, ""),
+            ("b", torch.tensor(0.123456), 0.00123, ""),
+            ("c", np.float32(2), None, ""),
+            ("d", 1234567, None, ""),
+            ("e", "-", None, ""),
+        ]
+    )
     page = re.sub("<[^>]*>", " ", report.html())
     for shown in ("1235  ± 12", "0.1235  ± 0.0012", "2.000", "1,234,567"):
         assert shown in page
@@ -256,8 +292,10 @@ def test_visualize_leaves_matplotlibs_state_alone():
     import subprocess
     import sys
 
-    code = ("import sys, visualize; assert 'matplotlib' not in sys.modules and 'PIL' not in "
-            "sys.modules; visualize.histogram([1., 2.], 'x'); "
-            "assert 'matplotlib.pyplot' not in sys.modules")
+    code = (
+        "import sys, visualize; assert 'matplotlib' not in sys.modules and 'PIL' not in "
+        "sys.modules; visualize.histogram([1., 2.], 'x'); "
+        "assert 'matplotlib.pyplot' not in sys.modules"
+    )
     root = os.path.dirname(os.path.abspath(visualize.__file__))
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
