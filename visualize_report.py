@@ -221,8 +221,8 @@ _METRICS = {
     "frechet_distance_pixels": (
         "Fréchet distance, pixels",
         (
-            "Between Gaussians fitted to the pixels of samples and of held-out real images; lower is "
-            "better, but not 0 even for a perfect model with finitely many images."
+            "Between Gaussians fitted to the pixels of samples and of held-out real images; lower "
+            "is better, but not 0 even for a perfect model with finitely many images."
         ),
     ),
     "frechet_distance_pixels_train": (
