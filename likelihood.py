@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 import ode
+import sde_lib
 from divergence import get_probe, value_and_divergence
 from models.utils import get_score_fn
 
@@ -43,31 +44,33 @@ def get_log_likelihood_fn(
     *,
     continuous: bool = True,
 ) -> Callable:
-    """log_likelihood(model, data) -> (log p in nats (B,), latent code z, evaluations).
+    """log_likelihood(model, data, *, draws=None) -> (log p in nats (B,), code z, evaluations).
 
         log p_eps(x) = log π(z) + ∫_eps^T ∇·f̃(x_t, t) dt,   z = x_T
 
     along the probability-flow ODE with drift f̃ (Song et al. 2021, eq. 39), the divergence by
-    one probe that is fixed along the trajectory (eq. 40). One forward and one vector-Jacobian
-    product per evaluation.
+    one probe that is fixed along the trajectory (eq. 40), each image's own where `draws` (a
+    `randomness.Draws` of them) says so. One forward and one vector-Jacobian product per evaluation.
 
     Args:
       sde: the forward process.
       hutchinson_type: "Rademacher" or "Gaussian".
       rtol, atol: tolerances of the ODE, over the whole batch.
       method: a solver of SciPy.
-      eps: the time of the data; 0 < eps < T.
+      eps: the time of the data, in [0, T), where σ(eps) > 0.
       continuous: whether the network was trained with continuous time.
 
     Raises: FloatingPointError, naming t, where the network's output is not finite.
     """
     draw_probe = get_probe(hutchinson_type)
-    if not 0 < eps < sde.T:
-        raise ValueError(f"likelihood needs 0 < eps < {sde.T}, got {eps}; use 1e-5")
+    if not 0 <= eps < sde.T or not sde_lib.alpha_sigma(sde, torch.tensor([eps]))[1].item() > 0:
+        raise ValueError(
+            f"likelihood needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use 1e-5"
+        )
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def log_likelihood(model, data):
+    def log_likelihood(model, data, *, draws=None):
         if not data.is_floating_point():
             raise ValueError(
                 f"likelihood needs dequantised data in floating point, got {data.dtype}; "
@@ -75,7 +78,7 @@ def get_log_likelihood_fn(
             )
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
         rsde = sde.reverse(_watched(score_fn), probability_flow=True)
-        probe = draw_probe(data)
+        probe = draw_probe(data, draws)
 
         def rhs(t, state):
             vec_t = torch.full((len(data),), t, dtype=data.dtype, device=data.device)
@@ -118,7 +121,7 @@ def get_likelihood_fn(
     continuous: bool = True,
     levels: int = 256,
 ) -> Callable:
-    """likelihood_fn(model, data) -> (bits/dim (B,), latent code z, evaluations).
+    """likelihood_fn(model, data, *, draws=None) -> (bits/dim (B,), latent code z, evaluations).
 
     The arguments are those of `get_log_likelihood_fn` and `bits_per_dim`. The data must be
     dequantised and scaled as the network was trained; discrete values have no density.
@@ -127,8 +130,8 @@ def get_likelihood_fn(
         sde, hutchinson_type, rtol, atol, method, eps, continuous=continuous
     )
 
-    def likelihood_fn(model, data):
-        logp, z, nfe = log_likelihood(model, data)
+    def likelihood_fn(model, data, *, draws=None):
+        logp, z, nfe = log_likelihood(model, data, draws=draws)
         return bits_per_dim(logp, data[0].numel(), inverse_scaler, levels), z, nfe
 
     return likelihood_fn

@@ -8,6 +8,10 @@ basis (D, ε̂):
 
 so a quantity wanted is a combination of x and the network's own output, found from two
 equations; it never passes through a third quantity that is ill-defined at that time.
+
+A conditional mean that shifts the origin, x_t = m_t + α D + σ ε̂, changes two of these: x − m_t
+takes the place of x, and the velocity gains m_t'. A change of process after training keeps D and ε̂:
+two processes of equal λ differ in the scale of x alone.
 """
 
 from __future__ import annotations
@@ -26,11 +30,35 @@ SIGMA_DATA = 0.5
 
 
 class Point:
-    """The coefficients of a process at times t, each computed on first use, in float64."""
+    """The coefficients of a process at times t, each computed on first use, in float64.
 
-    def __init__(self, sde, t: torch.Tensor, x: torch.Tensor):
-        self.sde, self.t, self.x = sde, t, x
-        self.alpha, self.sigma = sde_lib.alpha_sigma(sde, t, x)
+    `sigma_data` is the data's standard deviation that a preconditioned network expects.
+    """
+
+    def __init__(self, sde, t: torch.Tensor, x: torch.Tensor, sigma_data: float = SIGMA_DATA):
+        self.sde, self.t, self.x, self.sigma_data = sde, t, x, sigma_data
+        self.alpha, self.sigma = self._coefficients()
+
+    def _coefficients(self):
+        return sde_lib.alpha_sigma(self.sde, self.t, self.x)
+
+    @property
+    def shift(self):
+        """m_t, the mean of x_t for x_0 = 0; None where it is zero."""
+        if (y := sde_lib.origin(self.sde, self.x)) is not None:
+            return expand(1 - self.alpha, self.x) * y
+        if sde_lib.is_declared_affine(self.sde):
+            return None
+        return self.sde.marginal_prob(torch.zeros_like(self.x), self._vec_t)[0]
+
+    @property
+    def drift_at_zero(self):
+        """f(0, t), the pull towards a shifted origin."""
+        return self.sde.sde(torch.zeros_like(self.x), self._vec_t)[0]
+
+    @property
+    def _vec_t(self):
+        return self.t.to(self.x.device, self.x.dtype).expand(len(self.x))
 
     @property
     def g(self):
@@ -50,8 +78,8 @@ class Point:
 
 def _preconditioned(p: Point):
     # Karras et al. 2022, Table 1, on x/α = D + σ̃ ε̂.
-    var, s2 = p.sigma_tilde**2, SIGMA_DATA**2
-    c_out = p.sigma_tilde * SIGMA_DATA / torch.sqrt(var + s2)
+    var, s2 = p.sigma_tilde**2, p.sigma_data**2
+    c_out = p.sigma_tilde * p.sigma_data / torch.sqrt(var + s2)
     c_skip = s2 / (var + s2)
     return (1 - c_skip) / c_out, -c_skip * p.sigma_tilde / c_out
 
@@ -82,12 +110,14 @@ class Parametrization:
     """What a network predicts (`output`, a key of OUTPUTS) and what it is told of the time
     (`time`, a key of TIME_INPUTS or a function of a Point).
 
-    `point` makes the coefficients; discretely trained networks read them off a table.
+    `coefficients` makes a Point; discretely trained networks read theirs off a table. `sigma_data`
+    is the data's standard deviation that a preconditioned network expects.
     """
 
     output: str
     time: str | Callable = "t*999"
-    point: Callable = Point
+    coefficients: Callable = Point
+    sigma_data: float = SIGMA_DATA
 
     def __post_init__(self):
         if self.output not in OUTPUTS:
@@ -96,6 +126,12 @@ class Parametrization:
             )
         if isinstance(self.time, str) and self.time not in TIME_INPUTS:
             raise ValueError(f"time input {self.time!r} is unknown; known: {sorted(TIME_INPUTS)}")
+        if not self.sigma_data > 0:
+            raise ValueError(f"a parametrization needs sigma_data > 0, got {self.sigma_data}")
+
+    def point(self, sde, t: torch.Tensor, x: torch.Tensor) -> Point:
+        """The coefficients of `sde` at times t, as this network knows them."""
+        return self.coefficients(sde, t, x, self.sigma_data)
 
     def labels(self, point: Point) -> torch.Tensor:
         """The network's time input, (B,), on the data's device."""
@@ -105,30 +141,74 @@ class Parametrization:
         return labels.to(point.x.device).expand(point.x.shape[0])
 
     def network_input(self, point: Point) -> torch.Tensor:
-        """x_t; for a preconditioned network scaled by c_in/α (Karras et al. 2022, Table 1)."""
+        """x_t; for a preconditioned network x_t − m_t scaled by c_in/α (Karras et al. 2022)."""
         if self.output != "preconditioned":
             return point.x
-        c_in = 1 / torch.sqrt(point.sigma_tilde**2 + SIGMA_DATA**2)
-        return expand(c_in / point.alpha, point.x) * point.x
+        c_in = 1 / torch.sqrt(point.sigma_tilde**2 + self.sigma_data**2)
+        return expand(c_in / point.alpha, point.x) * _centred(point.x, point.shift)
 
 
-def as_parametrization(value) -> Parametrization:
-    """A Parametrization from an object or from the name of an output."""
+def as_parametrization(value, time: str = "", sigma_data: float = SIGMA_DATA) -> Parametrization:
+    """A Parametrization from an object or from the name of an output.
+
+    `time`, a key of TIME_INPUTS, is by default ln(σ/α)/4 for a preconditioned network and t·999/T
+    for any other.
+    """
     if isinstance(value, Parametrization):
         return value
-    return Parametrization(value, "log_sigma/4" if value == "preconditioned" else "t*999")
+    time = time or ("log_sigma/4" if value == "preconditioned" else "t*999")
+    return Parametrization(value, time, sigma_data=sigma_data)
 
 
-def convert(output: torch.Tensor, source: str, target: str, point: Point) -> torch.Tensor:
-    """The quantity `target` from the quantity `source`, at the same x_t."""
-    if source == target:
+def declared_parametrization(config) -> Parametrization | None:
+    """What `config.model` says of the network's output and time input; None where it says nothing.
+
+    Raises: ValueError for an unknown name, and for a time_input without a parametrization.
+    """
+    m = config.model
+    output, time = m.get("parametrization", ""), m.get("time_input", "")
+    if output:
+        return as_parametrization(output, time, m.get("sigma_data", SIGMA_DATA))
+    if time:
+        raise ValueError(
+            f"model.time_input={time!r} needs model.parametrization; set it too, such as 'noise'"
+        )
+    return None
+
+
+def convert(
+    output: torch.Tensor, source: str, target: str, point: Point, onto: Point | None = None
+) -> torch.Tensor:
+    """The quantity `target` from the quantity `source`, at the same x_t.
+
+    With `onto`, a point of another process with the same λ, `target` is that process's; D and ε̂
+    are those of both.
+    """
+    if source == target and onto is None:
         return output
-    (p, r), (P, R) = OUTPUTS[source](point), OUTPUTS[target](point)
+    onto = onto or point
+    (p, r), (P, R) = OUTPUTS[source](point), OUTPUTS[target](onto)
     if _is_zero(p) and _is_zero(P):  # both multiples of ε̂
         return expand(R / r, point.x) * output
+    shift = point.shift
+    if source == "velocity" and shift is not None:
+        output = output - _shift_velocity(point, shift)
     det = point.alpha * r - point.sigma * p
     a, b = (P * r - R * p) / det, (point.alpha * R - point.sigma * P) / det
-    return expand(a, point.x) * point.x + expand(b, point.x) * output
+    result = expand(a, point.x) * _centred(point.x, shift) + expand(b, point.x) * output
+    if target == "velocity" and (shift := onto.shift) is not None:
+        result = result + _shift_velocity(onto, shift)
+    return result
+
+
+def _centred(x, shift):
+    return x if shift is None else x - shift
+
+
+def _shift_velocity(point: Point, shift):
+    """m', from dx/dt = f x + f(0, t) at x_0 = 0."""
+    f = sde_lib.drift_diffusion(point.sde, point.t, point.x)[0]
+    return expand(f, point.x) * shift + point.drift_at_zero
 
 
 def _is_zero(value) -> bool:
@@ -142,6 +222,9 @@ class ScoreFunction:
     `.velocity` is α'D + σ'ε̂, the drift of the probability-flow ODE. x is (B, *) and t is (B,)
     or a 0-dim tensor. Keyword arguments go to the network. `nfe` counts network evaluations.
     """
+
+    #: The process that the network was trained on, where it is not `sde`; see `on_process`.
+    trained: sde_lib.SDE | None = None
 
     def __init__(self, model_fn: Callable, sde, parametrization: Parametrization):
         self.model_fn = model_fn
@@ -177,15 +260,19 @@ class ScoreFunction:
 
     def _face(self, target: str, x, t, conditions):
         self.nfe += 1
-        par = self.parametrization
-        point = par.point(self.sde, t, x)
+        par, onto = self.parametrization, None
+        if self.trained is None:
+            point = par.point(self.sde, t, x)
+        else:
+            onto = Point(self.sde, t, x, par.sigma_data)
+            point = _carried(onto, self.trained, par)
         output = self.model_fn(par.network_input(point), par.labels(point), **conditions)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for an input of shape "
                 f"{tuple(x.shape)}; expected the same"
             )
-        return convert(output, par.output, target, point)
+        return convert(output, par.output, target, point, onto)
 
 
 def as_score_function(fn: Callable, sde) -> ScoreFunction:
@@ -196,17 +283,71 @@ def as_score_function(fn: Callable, sde) -> ScoreFunction:
     return score
 
 
+# --- a change of process after training -----------------------------------------------------
+
+
+def on_process(score_fn: ScoreFunction, sde, *, eps: float = 1e-5) -> ScoreFunction:
+    """The score of a trained network on another process, with the same four faces.
+
+        λ_A(t_A) = λ_B(t),   x_A − m_A = (α_A/α_B) (x − m_B):   D and ε̂ are those of both
+
+    Samplers and likelihoods of `sde` take it as the model. It counts its own `nfe`.
+
+    Args:
+      score_fn: of the process A of the training, `score_fn.sde`; wrap it afterwards.
+      sde: the process B.
+      eps: the smallest time of the training.
+
+    Raises: ValueError where B, from its T to its `sampling_eps`, leaves the λ of the training.
+    """
+    if type(score_fn)._face is not ScoreFunction._face:
+        raise TypeError(
+            f"on_process needs the network's own ScoreFunction, got {type(score_fn).__name__}; "
+            "change the process first, then wrap"
+        )
+    trained = score_fn.trained or score_fn.sde
+    inner = sde_lib.lambda_range(sde, sde.sampling_eps)
+    outer = sde_lib.lambda_range(trained, eps)
+    if sde is not trained and not sde_lib.within(inner, outer):
+        raise ValueError(
+            f"{type(sde).__name__} has λ = log(α/σ) from {inner[0]:.4g} to {inner[1]:.4g}, and the "
+            f"network was trained from {outer[0]:.4g} to {outer[1]:.4g} on "
+            f"{type(trained).__name__}; use sde_lib.common_stretch(sde, trained, eps), the part of "
+            "it that lies within, or other σ or β"
+        )
+    moved = copy.copy(score_fn)
+    moved.sde, moved.trained, moved.nfe = sde, None if sde is trained else trained, 0
+    return moved
+
+
+def _carried(onto: Point, trained, par: Parametrization) -> Point:
+    """The point of `trained` with the same D and ε̂: equal λ, and x − m scaled by α."""
+    lam = sde_lib.half_log_snr(onto.sde, onto.t)
+    point = par.point(trained, sde_lib.time_of_half_log_snr(trained, lam), onto.x)
+    x, shift = _centred(onto.x, onto.shift), point.shift
+    x = expand(point.alpha / onto.alpha, x) * x
+    point.x = x if shift is None else x + shift
+    return point
+
+
 # --- the rules of score_sde for networks that declare nothing -------------------------------
 
 
 class _TablePoint(Point):
-    """A discretely trained VP network's coefficients: α_t, σ_t are DDPM's tables at floor(t)."""
+    """A discretely trained VP network's coefficients: α_t, σ_t are DDPM's tables at floor(t).
 
-    def __init__(self, sde, t, x):
-        self.sde, self.t, self.x = sde, t, x
-        self.index = sde_lib.row(sde, t)
-        self.alpha = sde_lib.lookup(sde.sqrt_alphas_cumprod, self.index)
-        self.sigma = sde_lib.lookup(sde.sqrt_1m_alphas_cumprod, self.index)
+    `tables` is the process whose `N` is the network's number of scales.
+    """
+
+    def __init__(self, tables, sde, t, x, sigma_data):
+        self.tables, self.index = tables, sde_lib.row(tables, t)
+        super().__init__(sde, t, x, sigma_data)
+
+    def _coefficients(self):
+        return (
+            sde_lib.lookup(self.tables.sqrt_alphas_cumprod, self.index),
+            sde_lib.lookup(self.tables.sqrt_1m_alphas_cumprod, self.index),
+        )
 
 
 def legacy_parametrization(sde, continuous: bool) -> Parametrization:
@@ -221,7 +362,7 @@ def legacy_parametrization(sde, continuous: bool) -> Parametrization:
             return Parametrization("score", "sigma")
         return Parametrization("score", lambda p: _descending_label(sde, p.t))
     if isinstance(sde, sde_lib.VPSDE) and not continuous:
-        return Parametrization("noise", lambda p: p.index, lambda _, t, x: _TablePoint(sde, t, x))
+        return Parametrization("noise", lambda p: p.index, functools.partial(_TablePoint, sde))
     return Parametrization("noise", "t*999")
 
 

@@ -7,7 +7,8 @@ A process perturbs data x_0 to x_t = α_t x_0 + σ_t z, z ~ N(0, I), by
 `SDE` is score_sde's abstract class: five methods make a process that trains, samples and
 scores everywhere. `AffineSDE` needs less: α(t) and σ(t); drift, diffusion and λ follow.
 Data have any shape (B, *). Coefficients are computed in float64 and cast last. The abstract classes
-are written out in `sde_lib_base.py`; their names are here too.
+are written out in `sde_lib_base.py`, the processes that came after score_sde in `sde_lib_paths.py`,
+the distributions of training times in `sde_lib_times.py`; their names are here too.
 """
 
 from __future__ import annotations
@@ -26,68 +27,76 @@ from sde_lib_base import (
     double,
     drift_diffusion,
     expand,
+    get_sde,
     half_log_snr,
     is_affine,
     is_declared_affine,
+    origin,
+    register_sde,
     sum_except_batch,
     time_of_half_log_snr,
+    unbound,
+)
+from sde_lib_paths import (
+    EDM,
+    OUVE,
+    CosineVP,
+    LinearVE,
+    RectifiedFlow,
+    Stretch,
+    common_stretch,
+    lambda_range,
+    sampling_process,
+    within,
+)
+from sde_lib_times import (
+    LikelihoodTimes,
+    LogitNormalTimes,
+    LogNormalTimes,
+    TimeSampler,
+    get_time_sampler,
+    register_time_sampler,
 )
 
 __all__ = [
+    "EDM",
+    "OUVE",
     "SDE",
     "VESDE",
     "VPSDE",
     "AffineSDE",
+    "CosineVP",
+    "LikelihoodTimes",
+    "LinearVE",
+    "LogNormalTimes",
+    "LogitNormalTimes",
+    "RectifiedFlow",
+    "Stretch",
+    "TimeSampler",
     "adjacent_sigmas",
     "alpha_sigma",
+    "common_stretch",
     "double",
     "drift_diffusion",
     "expand",
     "get_sde",
+    "get_time_sampler",
     "half_log_snr",
     "is_affine",
     "is_declared_affine",
+    "lambda_range",
     "lookup",
+    "origin",
     "register_sde",
+    "register_time_sampler",
     "row",
+    "sampling_process",
     "subVPSDE",
     "sum_except_batch",
     "time_of_half_log_snr",
+    "unbound",
+    "within",
 ]
-
-_SDES: dict[str, type] = {}
-
-
-# --- registry -----------------------------------------------------------------------------
-
-
-def register_sde(cls=None, *, name: str | None = None):
-    """Register a process class under `name`, to be chosen by `config.training.sde`."""
-
-    def register(cls):
-        key = (name or cls.__name__).lower()
-        if key in _SDES:
-            raise ValueError(f"an SDE named {key!r} is already registered: {_SDES[key]!r}")
-        _SDES[key] = cls
-        return cls
-
-    return register if cls is None else register(cls)
-
-
-def get_sde(config) -> SDE:
-    """The process that `config.training.sde` names.
-
-    A registered class is made by its `from_config(config)` where it has one, else by
-    `cls(N=config.model.num_scales)`.
-    """
-    key = config.training.sde.lower()
-    if key not in _SDES:
-        raise ValueError(f"training.sde={config.training.sde!r} is unknown; known: {sorted(_SDES)}")
-    cls = _SDES[key]
-    if hasattr(cls, "from_config"):
-        return cls.from_config(config)
-    return cls(N=config.model.num_scales)
-
 
 # --- variance preserving and sub-VP -------------------------------------------------------
 

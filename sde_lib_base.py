@@ -1,4 +1,5 @@
-"""The abstract SDE classes, the reverse-time family, and what any process can be asked."""
+"""The abstract SDE classes, their registry, reverse and bound processes, and what any process can
+be asked."""
 
 from __future__ import annotations
 
@@ -39,6 +40,43 @@ def _derivative(fn: Callable, t: torch.Tensor) -> torch.Tensor:
         u = t.detach().clone().requires_grad_(True)
         y = fn(u)
         return torch.autograd.grad(y.sum(), u)[0] if y.requires_grad else torch.zeros_like(u)
+
+
+# --- registry -----------------------------------------------------------------------------
+
+_SDES: dict[str, type] = {}
+
+
+def register_sde(cls=None, *, name: str | None = None):
+    """Register a process class under `name`, to be chosen by `config.training.sde`."""
+
+    def register(cls):
+        key = (name or cls.__name__).lower()
+        if key in _SDES:
+            raise ValueError(f"an SDE named {key!r} is already registered: {_SDES[key]!r}")
+        _SDES[key] = cls
+        return cls
+
+    return register if cls is None else register(cls)
+
+
+def get_sde(config) -> SDE:
+    """The process that `config.training.sde` names.
+
+    A registered class is made by its `from_config(config)` where it has one, else by
+    `cls(N=config.model.num_scales)`.
+    """
+    return sde_named(config.training.sde, config, "training.sde")
+
+
+def sde_named(name: str, config, key: str) -> SDE:
+    """The process `name`, the value of the config's `key`, with `config.model`'s parameters."""
+    if name.lower() not in _SDES:
+        raise ValueError(f"{key}={name!r} is unknown; known: {sorted(_SDES)}")
+    cls: Any = _SDES[name.lower()]
+    if hasattr(cls, "from_config"):
+        return cls.from_config(config)
+    return cls(N=config.model.num_scales)
 
 
 # --- the abstract classes -----------------------------------------------------------------
@@ -113,6 +151,24 @@ class SDE(abc.ABC):
             object.__setattr__(rsde, name, value)
         return rsde
 
+    def bind(self, y: torch.Tensor) -> SDE:
+        """This process towards the observation y: an instance of this class in which x − y follows
+        the free process, so that x_t = y + α_t (x_0 − y) + σ_t z, with the prior centred at y.
+
+        It trains, samples and scores as any process does. `self` is left as it is.
+
+        Args:
+          y: of one sample's shape with a batch axis, (B, *) or (1, *).
+
+        Source: Richter et al. 2023 (SGMSE+), whose Ornstein–Uhlenbeck process is `ouve`.
+        """
+        if isinstance(self, _Reverse):
+            raise TypeError(f"{type(self).__name__} is reversed; bind first, then reverse")
+        free = unbound(self)
+        bound = object.__new__(_bound_class(type(free)))
+        bound.__dict__.update(free.__dict__, _origin=y)
+        return bound
+
 
 class _Reverse:
     """The reverse-time half of a class made by `SDE.reverse`."""
@@ -146,6 +202,61 @@ class _Reverse:
 def _reverse_class(cls: type) -> type:
     doc = f"Reverse of {cls.__name__}."
     return type(f"Reverse{cls.__name__}", (_Reverse, cls), {"__doc__": doc})
+
+
+class _Bound:
+    """The half of a class made by `SDE.bind`: the free process of x − y, asked as a whole."""
+
+    _free_class: type
+    _origin: torch.Tensor
+
+    def _y(self, x):
+        return torch.as_tensor(self._origin).to(x.device, x.dtype)
+
+    @property
+    def _free(self) -> SDE:
+        free = object.__new__(self._free_class)
+        free.__dict__ = self.__dict__  # shared, so that `N` assigned later is the same in both
+        return free
+
+    def sde(self, x, t):
+        return self._free.sde(x - self._y(x), t)
+
+    def discretize(self, x, t):
+        return self._free.discretize(x - self._y(x), t)
+
+    def marginal_prob(self, x, t):
+        mean, std = self._free.marginal_prob(x - self._y(x), t)
+        return mean + self._y(x), std
+
+    def prior_sampling(self, shape):
+        z = self._free.prior_sampling(shape)
+        x = z + self._y(z)
+        if x.shape != z.shape:
+            raise ValueError(
+                f"the process is bound to y of shape {tuple(self._origin.shape)} and cannot give "
+                f"a prior sample of shape {tuple(shape)}; bind it to the y of these samples"
+            )
+        return x
+
+    def prior_logp(self, z):
+        return self._free.prior_logp(z - self._y(z))
+
+
+@functools.cache
+def _bound_class(cls: type) -> type:
+    doc = f"{cls.__name__} towards an observation."
+    return type(f"Bound{cls.__name__}", (_Bound, cls), {"__doc__": doc, "_free_class": cls})
+
+
+def origin(sde: SDE, x: torch.Tensor) -> torch.Tensor | None:
+    """The y that `sde` is bound to, on x's device and of its dtype; None for a free process."""
+    return sde._y(x) if isinstance(sde, _Bound) else None
+
+
+def unbound(sde: SDE) -> SDE:
+    """The free process that x − y follows where `sde` is bound to y; else `sde` itself."""
+    return sde._free if isinstance(sde, _Bound) else sde
 
 
 class AffineSDE(SDE):
@@ -221,6 +332,7 @@ def is_declared_affine(sde: SDE) -> bool:
 
     A subclass that replaced `marginal_prob` is read off that method instead.
     """
+    sde = unbound(sde)
     return isinstance(sde, AffineSDE) and type(sde).marginal_prob is AffineSDE.marginal_prob
 
 
@@ -230,7 +342,7 @@ def alpha_sigma(sde: SDE, t: torch.Tensor, x: torch.Tensor | None = None):
     For a process that only has `marginal_prob`, α is mean(1) − mean(0), so a conditional mean
     that shifts the origin does no harm. `x` tells such a process the data's number of axes.
     """
-    u = double(t)
+    sde, u = unbound(sde), double(t)
     if is_declared_affine(sde):
         return sde.alpha(u), sde.sigma(u)  # type: ignore[attr-defined]
     (one, zero), std = _probe(sde.marginal_prob, u, x)
@@ -239,7 +351,7 @@ def alpha_sigma(sde: SDE, t: torch.Tensor, x: torch.Tensor | None = None):
 
 def drift_diffusion(sde: SDE, t: torch.Tensor, x: torch.Tensor | None = None):
     """f(t) and g(t) of dx = f x dt + g dw for any affine process, of t's shape, in float64."""
-    u = double(t)
+    sde, u = unbound(sde), double(t)
     if is_declared_affine(sde) and type(sde).sde is AffineSDE.sde:
         return sde.f(u), torch.sqrt(sde.g2(u))  # type: ignore[attr-defined]
     (one, zero), g = _probe(sde.sde, u, x)
@@ -263,6 +375,7 @@ def time_of_half_log_snr(sde: SDE, lam: torch.Tensor) -> torch.Tensor:
 
 def is_affine(sde: SDE) -> bool:
     """Whether drift and conditional mean are affine in x, so that α, σ and λ exist."""
+    sde = unbound(sde)
     if is_declared_affine(sde):
         return True
     t = torch.tensor([0.3, 0.7], dtype=torch.float64) * float(sde.T)

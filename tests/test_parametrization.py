@@ -1,10 +1,10 @@
 """What networks' outputs mean: conversions against closed forms, labels, faces, wrappers."""
 
-import math
-
 import pytest
 import torch
 import toys
+from toys_paths import by_hand as closed_coefficients
+from toys_paths import every_sde
 
 import parametrization as par
 import sampling
@@ -19,31 +19,16 @@ T = torch.tensor([0.01, 0.2, 0.5, 0.8, 1.0], dtype=torch.float64)
 
 
 def make(name, N=1000):
-    return toys.UserSDE(N=N) if name == "user" else toys.all_sdes(N)[name]
+    return every_sde(N)[name]
 
 
-def closed_coefficients(name, t):
-    """α, σ, α', σ', g of each process, by hand."""
-    if name == "ve":
-        s = 0.01 * 5000**t
-        return torch.ones_like(t), s, 0 * t, s * math.log(5000), s * math.sqrt(2 * math.log(5000))
-    if name == "user":
-        a, s = torch.exp(-4 * t), torch.sqrt(-torch.expm1(-8 * t))
-        return a, s, -4 * a, 4 * a**2 / s, torch.full_like(t, math.sqrt(8))
-    B, b = 0.1 * t + 9.95 * t**2, 0.1 + 19.9 * t
-    a, e = torch.exp(-B / 2), -torch.expm1(-B)
-    if name == "vp":
-        return a, e.sqrt(), -a * b / 2, b * a**2 / (2 * e.sqrt()), b.sqrt()
-    return a, e, -a * b / 2, b * a**2, torch.sqrt(b * -torch.expm1(-2 * B))
-
-
-def gaussian_truth(name, x, t):
+def gaussian_truth(name, x, t, sigma_data=par.SIGMA_DATA):
     """Every output for data N(MEAN, STD²): numerics.md 2.1."""
     a, s, da, ds, g = (expand(c, x) for c in closed_coefficients(name, t))
     v, c2, centred = a**2 * STD**2 + s**2, STD**2, x - a * MEAN
     score = -centred / v
     data, noise = MEAN + a * c2 / v * centred, s / v * centred
-    tilde, sd = s / a, par.SIGMA_DATA
+    tilde, sd = s / a, sigma_data
     root = torch.sqrt(tilde**2 + sd**2)
     c_skip, c_out = sd**2 / root**2, tilde * sd / root
     return {
@@ -57,15 +42,57 @@ def gaussian_truth(name, x, t):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", every_sde())
 @pytest.mark.parametrize("source", par.OUTPUTS)
 @pytest.mark.parametrize("target", par.OUTPUTS)
 def test_conversions_agree_with_the_closed_forms(name, source, target):
-    x = torch.randn(len(T), 3, 4, 4, dtype=torch.float64)
-    truth = gaussian_truth(name, x, T)
-    converted = convert(truth[source], source, target, Point(make(name), T, x))
+    sde = make(name)
+    x, t = torch.randn(len(T), 3, 4, 4, dtype=torch.float64), T * float(sde.T)
+    truth = gaussian_truth(name, x, t)
+    converted = convert(truth[source], source, target, Point(sde, t, x))
     assert converted.dtype == torch.float64
     torch.testing.assert_close(converted, truth[target], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", every_sde())
+@pytest.mark.parametrize("source", par.OUTPUTS)
+@pytest.mark.parametrize("target", par.OUTPUTS)
+def test_conversions_there_and_back_change_nothing(name, source, target):
+    sde = make(name)
+    t = T[:-1] * float(sde.T)
+    x, output = (torch.randn(len(t), 1, 2, 2, dtype=torch.float64) for _ in range(2))
+    point = Point(sde, t, x, sigma_data=0.7)
+    there = convert(output, source, target, point)
+    back = convert(there, target, source, point)
+    torch.testing.assert_close(back, output, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", par.OUTPUTS)
+def test_preconditioning_follows_the_datas_standard_deviation(target):
+    """At σ_data = STD the network that returns zero is the denoiser of N(0, STD²)."""
+    sde = make("edm")
+    x = torch.randn(len(T), 2, dtype=torch.float64)
+    point = Parametrization("preconditioned", sigma_data=0.3).point(sde, T, x)
+    truth = gaussian_truth("edm", x, T, sigma_data=0.3)
+    converted = convert(truth["preconditioned"], "preconditioned", target, point)
+    torch.testing.assert_close(converted, truth[target])
+    zero = ScoreFunction(
+        lambda x, labels: torch.zeros_like(x),
+        sde,
+        par.as_parametrization("preconditioned", "", STD),
+    )
+    variance = expand(STD**2 / (STD**2 + closed_coefficients("edm", T)[1] ** 2), x)
+    torch.testing.assert_close(zero.denoise(x, T), variance * x)
+
+
+@pytest.mark.parametrize("output", par.OUTPUTS)
+@pytest.mark.parametrize("time", [*par.TIME_INPUTS, ""])
+def test_parametrization_is_output_time_input_and_sigma_data(output, time):
+    declared = par.as_parametrization(output, time, 0.25)
+    default = "log_sigma/4" if output == "preconditioned" else "t*999"
+    assert (declared.output, declared.time, declared.sigma_data) == (output, time or default, 0.25)
+    with pytest.raises(ValueError, match="sigma_data > 0"):
+        par.as_parametrization(output, time, 0.0)
 
 
 class Network(torch.nn.Module):
