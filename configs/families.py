@@ -62,6 +62,92 @@ def subvp(config: Any) -> Any:
     return config
 
 
+def edm(config: Any) -> Any:
+    """EDM (Karras et al. 2022) on data in [-1, 1]: preconditioned F, log-normal noise levels, and
+    Heun's method on 18 times, which is 35 evaluations."""
+    vp(config).training.update(sde="edm", weighting="edm", time_sampler="lognormal")
+    config.sampling.update(predictor="heun", steps=18)
+    config.model.update(parametrization="preconditioned", sigma_min=0.002, sigma_max=80.0)
+    return config
+
+
+def edm_cifar10(config: Any) -> Any:
+    """EDM's settings for CIFAR-10 (Karras et al. 2022, Table 7)."""
+    batch = 512
+    edm(config).training.update(batch_size=batch, n_iters=200_000_000 // batch)
+    config.model.update(ch_mult=(2, 2, 2), dropout=0.13, ema_rate=0.5 ** (batch / 500_000))
+    config.optim.update(lr=1e-3, warmup=10_000_000 // batch, grad_clip=-1.0)
+    config.eval.update(begin_ckpt=1, end_ckpt=8)
+    return config
+
+
+def with_sigma_features(config: Any) -> Any:
+    """Fourier features of ln(sigma)/4, EDM's time input, from a network that takes ln(sigma)
+    itself: the frequencies of the scale 16 divided by 4."""
+    config.model.update(embedding_type="fourier", time_input="sigma", fourier_scale=4.0)
+    return config
+
+
+def flow(config: Any) -> Any:
+    """Rectified flow, the path of flow matching, on data in [-1, 1]: the velocity and its plain
+    squared error, uniform times. Heun's method, in sigma/alpha, wants times even in log-SNR."""
+    vp(config).training.update(sde="rectified_flow", weighting="velocity")
+    config.sampling.update(predictor="heun", steps=18, schedule="logsnr")
+    config.model.parametrization = "velocity"
+    return config
+
+
+def cosine_v(config: Any) -> Any:
+    """v-prediction (Salimans & Ho 2022) on the cosine VP process, and DPM-Solver++(2M)."""
+    vp(config).training.update(sde="cosine", weighting="v")
+    config.sampling.update(predictor="dpmpp_2m", steps=20, schedule="logsnr")
+    config.model.parametrization = "v"
+    return config
+
+
+def digits(config: Any) -> Any:
+    """scikit-learn's 8 x 8 digits and a network of a million parameters: minutes on a CPU."""
+    config.training.update(
+        batch_size=64,
+        n_iters=3600,
+        snapshot_freq=3600,
+        snapshot_freq_for_preemption=600,
+        snapshot_sampling=False,
+        eval_freq=200,
+    )
+    config.data.update(
+        dataset="digits",
+        image_size=8,
+        num_channels=1,
+        levels=17,
+        random_flip=False,
+        uniform_dequantization=True,
+    )
+    config.model.update(
+        nf=32,
+        ch_mult=(1, 2),
+        num_res_blocks=2,
+        attn_resolutions=(4,),
+        dropout=0.0,
+        ema_rate=0.998,
+    )
+    config.optim.update(lr=2e-3, warmup=200)
+    config.eval.update(
+        begin_ckpt=-1,
+        end_ckpt=-1,
+        batch_size=300,
+        enable_loss=True,
+        enable_sampling=True,
+        enable_bpd=True,
+        num_samples=300,
+        extractor="pixels",
+        bpd_repeats=1,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    return config
+
+
 def deep(config: Any) -> Any:
     """The deep variant: twice the residual blocks, fewer iterations."""
     config.model.num_res_blocks = 8

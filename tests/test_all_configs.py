@@ -1,4 +1,4 @@
-"""Every published configuration, scaled down: it builds, trains, samples and scores."""
+"""Every shipped configuration, scaled down: it builds, trains, samples and scores."""
 
 import importlib
 import json
@@ -17,11 +17,14 @@ import sampling
 import sde_lib
 from configs import defaults
 from configs.validation import NEVER_READ, complete, flatten
-from models import utils
-from models.ema import ExponentialMovingAverage
+from models import ema, utils
 
-PUBLISHED = sorted(
-    json.loads((Path(__file__).parent / "data/published_configs.json").read_text())["configs"]
+ROOT = Path(__file__).resolve().parents[1]
+PUBLISHED = sorted(json.loads((ROOT / "tests/data/published_configs.json").read_text())["configs"])
+SHIPPED = sorted(
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "configs").rglob("*.py")
+    if "def get_config(" in path.read_text()
 )
 
 
@@ -45,9 +48,9 @@ def scaled_down(path):
 
 def create_state(config):
     model = utils.create_model(config)
-    ema = ExponentialMovingAverage(model.parameters(), decay=config.model.ema_rate)
+    averages = ema.from_config(config, model.parameters())
     optimizer = losses.get_optimizer(config, model.parameters())
-    return {"model": model, "optimizer": optimizer, "ema": ema, "step": 0}
+    return {"model": model, "optimizer": optimizer, "ema": averages, "step": 0}
 
 
 def images(config, count=2):
@@ -56,27 +59,18 @@ def images(config, count=2):
 
 
 def step_fn(config, train):
-    t = config.training
-    return losses.get_step_fn(
-        sde_lib.get_sde(config),
-        train,
-        losses.optimization_manager(config),
-        t.reduce_mean,
-        t.continuous,
-        t.likelihood_weighting,
-        eps=t.eps,
-    )
+    return losses.step_fn_from_config(config, sde_lib.get_sde(config), train)
 
 
 def get_sampler(config):
-    sde = sde_lib.get_sde(config)
+    sde = sde_lib.sampling_process(config, sde_lib.get_sde(config))
     size, channels = config.data.image_size, config.data.num_channels
     unscale = data_lib.get_data_inverse_scaler(config)
     eps = config.sampling.eps or sde.sampling_eps
     return sampling.get_sampling_fn(config, sde, (2, channels, size, size), unscale, eps)
 
 
-@pytest.mark.parametrize("path", PUBLISHED)
+@pytest.mark.parametrize("path", SHIPPED)
 def test_config_builds_trains_samples_and_scores(path):
     config = scaled_down(path)
     state = create_state(config)
@@ -126,17 +120,21 @@ class Recording:
     def get(self, key, default=None):
         return self[key] if key in self._config else default
 
+    def keys(self):
+        return self._config.keys()
+
 
 def test_networks_optimizer_and_samplers_read_every_key_of_theirs():
     seen: set = set()
-    for path in PUBLISHED:
+    for path in SHIPPED:
         config = Recording(scaled_down(path), seen)
         state = create_state(config)
         get_sampler(config)(state["model"])
         step_fn(config, train=True)
+        sde_lib.OUVE.from_config(config)  # no configuration's process
     kept = ("model.", "optim.", "sampling.")
     known = {key for key, _ in flatten(defaults.get_default_configs()) if key.startswith(kept)}
-    used = {key for path in PUBLISHED for key, _ in flatten(load(path)) if key.startswith(kept)}
+    used = {key for path in SHIPPED for key, _ in flatten(load(path)) if key.startswith(kept)}
     assert (known | used) - seen <= set(NEVER_READ)
 
 

@@ -1,0 +1,1 @@
+"""Experiments in the way of Karras et al. 2022 (EDM)."""

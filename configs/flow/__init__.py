@@ -1,0 +1,1 @@
+"""Experiments with rectified flow, by flow matching."""
