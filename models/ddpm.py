@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from .ncsnpp import Architecture, NCSNpp
+from .ncsnpp import NCSNpp
+from .ncsnpp_architecture import Architecture
 from .utils import register_model
 
 # Where it differs from DDPM++, which grew out of it.

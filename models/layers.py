@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 _ACTIVATIONS = {
@@ -38,6 +40,29 @@ def expand_to(v: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return v.reshape(v.shape + (1,) * (x.ndim - v.ndim))
 
 
+def at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    """`x`, in float32 where it has 16 bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def without_autocast(device: torch.device):
+    """A context in which operations on `device` keep the types of their inputs."""
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)
+
+
+def run_block(owner: nn.Module, block, *args):
+    """block(*args), of which the backward pass finds only `args` where `owner.recompute`.
+
+    It then computes the block again, with the same random numbers: loss and gradients are the
+    same to the bit (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+    """
+    if not (owner.recompute and owner.training and torch.is_grad_enabled()):
+        return block(*args)
+    return torch.utils.checkpoint.checkpoint(block, *args, use_reentrant=False)
+
+
 def num_groups(channels: int, preferred: int = 0) -> int:
     """The number of groups of a GroupNorm of C channels, at least 1.
 
@@ -51,18 +76,17 @@ def num_groups(channels: int, preferred: int = 0) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group normalisation (Wu & He 2018), in float32 where the input has 16 bits on a CPU.
+    """Group normalisation (Wu & He 2018), in float32 where the input has 16 bits.
 
-    There torch's mixed kernel is two to five times slower than the two conversions. A single image
-    of one pixel is normalised over a group's channels, which torch's own layer refuses.
+    The sums of squares need it; on a CPU torch's mixed kernel is also two to five times slower
+    than the two conversions. A single image of one pixel is normalised over a group's channels,
+    which torch's own layer refuses.
     """
 
     def forward(self, input):
-        if input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16):
-            parameters = (self.weight.float(), self.bias.float())
-            h = F.group_norm(input.float(), self.num_groups, *parameters, self.eps)
-            return h.to(input.dtype)
-        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+        x, weight, bias = (at_least_float32(v) for v in (input, self.weight, self.bias))
+        h = torch.group_norm(x, self.num_groups, weight, bias, self.eps)
+        return h.to(input.dtype)
 
 
 def group_norm(channels: int, preferred: int = 0) -> GroupNorm:

@@ -12,6 +12,8 @@ from functools import partial
 import torch.nn.functional as F
 from torch import nn
 
+from .layers import run_block
+
 
 def ncsn_conv1x1(
     in_planes, out_planes, stride=1, bias=True, dilation=1, init_scale=1.0, padding=0
@@ -196,6 +198,8 @@ class RefineBlock(nn.Module):
       ValueError: `start`, which makes a block without fusion, and several maps.
     """
 
+    recompute = False
+
     def __init__(
         self,
         in_planes: Sequence[int],
@@ -215,6 +219,6 @@ class RefineBlock(nn.Module):
         self.crp = CRPBlock(features, 2, act, norm)
 
     def forward(self, xs, y, output_shape):
-        hs = [adapt(x, y) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
+        hs = [run_block(self, adapt, x, y) for adapt, x in zip(self.adapt_convs, xs, strict=True)]
         h = hs[0] if self.msf is None or len(hs) == 1 else self.msf(hs, y, output_shape)
-        return self.output_convs(self.crp(h, y), y)
+        return run_block(self, self.output_convs, run_block(self, self.crp, h, y), y)

@@ -2,194 +2,28 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 
 from .layers import (
     LabelEmbedding,
+    at_least_float32,
     dense,
     expand_to,
-    get_act,
     get_timestep_embedding,
-    group_norm,
+    run_block,
+    without_autocast,
 )
-from .layerspp import (
-    AttnBlockpp,
-    Combine,
-    Downsample,
-    GaussianFourierProjection,
-    ResnetBlockBigGANpp,
-    ResnetBlockDDPMpp,
-    Upsample,
-    conv3x3,
-    merge,
-)
+from .layerspp import Combine, GaussianFourierProjection, conv3x3, merge
+from .ncsnpp_architecture import Architecture
 from .utils import get_sigmas, register_model
-
-_CHOICES = {
-    "resblock_type": ("biggan", "ddpm"),
-    "progressive": ("none", "output_skip", "residual"),
-    "progressive_input": ("none", "input_skip", "residual"),
-    "progressive_combine": ("sum", "cat"),
-    "embedding_type": ("positional", "fourier"),
-}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """The checked options of a network, and the layers that they choose."""
-
-    channels: int
-    image_size: int
-    nf: int
-    ch_mult: tuple[int, ...]
-    num_res_blocks: int
-    attn_resolutions: tuple[int, ...]
-    resblock_type: str
-    progressive: str
-    progressive_input: str
-    progressive_combine: str
-    embedding_type: str
-    conditional: bool
-    dropout: float
-    fir: bool
-    fir_kernel: tuple
-    fourier_scale: float
-    init_scale: float
-    resamp_with_conv: bool
-    skip_rescale: bool
-    num_classes: int
-    label_dropout: float
-    act: nn.Module
-    groups: int
-
-    @classmethod
-    def from_config(cls, config, **fixed) -> Architecture:
-        """Read and check `config.model` and `config.data`; missing options are DDPM++'s.
-
-        `fixed` replaces options of `config.model`, for a network that does not have them.
-        """
-        model, data = ChainMap(fixed, config.model), config.data
-        names = {key: _choice(model, key) for key in _CHOICES}
-        arch = cls(
-            channels=data.num_channels,
-            image_size=data.image_size,
-            nf=model["nf"],
-            ch_mult=tuple(model["ch_mult"]),
-            num_res_blocks=model["num_res_blocks"],
-            attn_resolutions=tuple(model["attn_resolutions"]),
-            **names,
-            conditional=model.get("conditional", True),
-            dropout=model.get("dropout", 0.1),
-            fir=model.get("fir", False),
-            fir_kernel=tuple(model.get("fir_kernel", (1, 3, 3, 1))),
-            fourier_scale=model.get("fourier_scale", 16),
-            init_scale=model.get("init_scale", 0.0),
-            resamp_with_conv=model.get("resamp_with_conv", True),
-            skip_rescale=model.get("skip_rescale", True),
-            num_classes=model.get("num_classes", 0),
-            label_dropout=model.get("label_dropout", 0.0),
-            act=get_act(config),
-            groups=0,
-        )
-        arch._check(config)
-        return arch
-
-    def _check(self, config) -> None:
-        name = config.model.get("name", "ncsnpp")
-        if self.nf < 4 or not self.ch_mult or self.num_res_blocks < 1:
-            raise ValueError(
-                f"{name} needs nf >= 4, a non-empty ch_mult and num_res_blocks >= 1, got "
-                f"{self.nf}, {self.ch_mult} and {self.num_res_blocks}"
-            )
-        if self.image_size % self.stride:
-            raise ValueError(
-                f"{name} halves the images {len(self.ch_mult) - 1} times and needs a "
-                f"data.image_size divisible by {self.stride}, got {self.image_size}; shorten "
-                "model.ch_mult or pad the images"
-            )
-        continuous = config.get("training", {}).get("continuous", True)
-        if self.embedding_type == "fourier" and not continuous:
-            raise ValueError(
-                "model.embedding_type 'fourier' needs training.continuous=True (its labels are "
-                "noise levels), got False; use 'positional'"
-            )
-        norm = config.model.get("normalization", "GroupNorm")
-        if norm != "GroupNorm":
-            raise ValueError(f"{name} needs model.normalization 'GroupNorm', got {norm!r}; use it")
-        if self.num_classes and not self.conditional:
-            raise ValueError(
-                "model.num_classes adds class labels to the time embedding, which "
-                "model.conditional=False leaves out; set it to True"
-            )
-
-    @property
-    def stride(self) -> int:
-        """What heights and widths must be divisible by."""
-        return 2 ** (len(self.ch_mult) - 1)
-
-    def has_attention(self, level: int) -> bool:
-        """Whether the blocks of a level attend, by the size that training images have there."""
-        return self.image_size // 2**level in self.attn_resolutions
-
-    def block(self, in_ch: int, out_ch: int, **resampling) -> nn.Module:
-        """A residual block; `up=True` or `down=True` (BigGAN's only) resamples."""
-        options: dict[str, Any] = {
-            "temb_dim": 4 * self.nf,
-            "dropout": self.dropout,
-            "skip_rescale": self.skip_rescale,
-            "init_scale": self.init_scale,
-        }
-        if self.resblock_type == "ddpm":
-            return ResnetBlockDDPMpp(self.act, in_ch, out_ch, norm=self.norm, **options)
-        options.update(fir=self.fir, fir_kernel=self.fir_kernel, **resampling)
-        return ResnetBlockBigGANpp(self.act, in_ch, out_ch, **options)
-
-    def resample_block(self, ch: int, up: bool) -> nn.Module:
-        """What stands between two levels: BigGAN's block, or DDPM's plain resampling."""
-        if self.resblock_type == "biggan":
-            return self.block(ch, ch, **({"up": True} if up else {"down": True}))
-        return WithoutEmbedding(self.resample(up, self.resamp_with_conv, ch))
-
-    def resample(self, up: bool, with_conv: bool, in_ch=None, out_ch=None) -> nn.Module:
-        """Upsampling or downsampling by two, with or without a convolution."""
-        cls = Upsample if up else Downsample
-        return cls(in_ch, out_ch, with_conv=with_conv, fir=self.fir, fir_kernel=self.fir_kernel)
-
-    def attention(self, ch: int) -> nn.Module:
-        return AttnBlockpp(ch, self.skip_rescale, self.init_scale, norm=self.norm)
-
-    def norm(self, ch: int) -> nn.Module:
-        return group_norm(ch, self.groups)
-
-
-def _choice(model, key: str) -> str:
-    choices = _CHOICES[key]
-    name = str(model.get(key, choices[0])).lower()
-    if name not in choices:
-        raise ValueError(f"model.{key} needs one of {list(choices)}, got {model[key]!r}")
-    return name
-
-
-class WithoutEmbedding(nn.Module):
-    """Calls a layer that takes no embedding where a block stands elsewhere."""
-
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x, temb):
-        return self.layer(x)
 
 
 class NoiseEmbedding(nn.Module):
     """Labels (B,) -> embedding (B, 4·nf), or None for a network that is not noise-conditional.
 
-    Fourier features of log σ, or sinusoids of the time label; then two linear layers.
+    Fourier features of log σ, or sinusoids of the time label; then two linear layers, which keep
+    the type of their weights under autocast.
     """
 
     def __init__(self, arch: Architecture):
@@ -212,12 +46,14 @@ class NoiseEmbedding(nn.Module):
         if self.fourier is None:
             features = get_timestep_embedding(labels, self.nf)
         else:
-            features = self.fourier(torch.log(_at_least_float32(labels)))
-        return self.Dense_1(self.act(self.Dense_0(features.to(self.Dense_0.weight.dtype))))
+            features = self.fourier(torch.log(_as_noise_level(labels)))
+        with without_autocast(labels.device):
+            h = self.Dense_0(features.to(self.Dense_0.weight.dtype))
+            return self.Dense_1(self.act(h))
 
 
-def _at_least_float32(x):
-    return x if x.dtype == torch.float64 else x.float()
+def _as_noise_level(labels):
+    return at_least_float32(labels) if labels.is_floating_point() else labels.float()
 
 
 class AttendingBlock(nn.Module):
@@ -239,6 +75,8 @@ class DownStage(nn.Module):
     `in_ch`, `pyramid_ch`: channels of the features and of the pyramid on entry; `out_ch`, and
     `pyramid_out_ch` on exit. `skip_chs` are the channels of the skip connections that it adds.
     """
+
+    recompute = False
 
     def __init__(self, arch: Architecture, level: int, in_ch: int, pyramid_ch: int):
         super().__init__()
@@ -265,11 +103,11 @@ class DownStage(nn.Module):
 
     def forward(self, h, temb, pyramid, skips: list):
         for block in self.blocks:
-            h = block(h, temb)
+            h = run_block(self, block, h, temb)
             skips.append(h)
         if self.downsample is None:
             return h, pyramid
-        h = self.downsample(h, temb)
+        h = run_block(self, self.downsample, h, temb)
         if self.pyramid_downsample is not None:
             pyramid = self.pyramid_downsample(pyramid)
             if self.combine is not None:
@@ -283,6 +121,8 @@ class DownStage(nn.Module):
 class MiddleStage(nn.Module):
     """Block, attention, block at the smallest size."""
 
+    recompute = False
+
     def __init__(self, arch: Architecture, ch: int):
         super().__init__()
         self.block_in = arch.block(ch, ch)
@@ -290,7 +130,9 @@ class MiddleStage(nn.Module):
         self.block_out = arch.block(ch, ch)
 
     def forward(self, h, temb):
-        return self.block_out(self.attention(self.block_in(h, temb)), temb)
+        h = run_block(self, self.block_in, h, temb)
+        h = run_block(self, self.attention, h)
+        return run_block(self, self.block_out, h, temb)
 
 
 class Head(nn.Module):
@@ -306,12 +148,18 @@ class Head(nn.Module):
         return self.Conv_0(self.act(self.GroupNorm_0(h)))
 
 
+def _joined(block, h, skip, temb):
+    return block(torch.cat([h, skip], dim=1), temb)
+
+
 class UpStage(nn.Module):
     """The blocks of one level on the way up, the output pyramid; on all but the first, doubling.
 
     The pyramid is a sum of images, one from each level ('output_skip'), or of features
     ('residual'), which then also replace h.
     """
+
+    recompute = False
 
     def __init__(self, arch: Architecture, level: int, in_ch: int, skip_chs: list, pyramid_ch: int):
         super().__init__()
@@ -338,19 +186,19 @@ class UpStage(nn.Module):
 
     def forward(self, h, temb, pyramid, skips: list):
         for block in self.blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), temb)
+            h = run_block(self, _joined, block, h, skips.pop(), temb)
         if self.attention is not None:
-            h = self.attention(h)
+            h = run_block(self, self.attention, h)
         h, pyramid = self._climb(h, pyramid)
         if self.upsample is not None:
-            h = self.upsample(h, temb)
+            h = run_block(self, self.upsample, h, temb)
         return h, pyramid
 
     def _climb(self, h, pyramid):
         if self.pyramid_upsample is not None:
             pyramid = self.pyramid_upsample(pyramid)
         if self.head is not None:
-            own = self.head(h)
+            own = run_block(self, self.head, h)
             return h, own if pyramid is None else pyramid + own
         if self.residual:
             h = pyramid = merge(pyramid, h, self.skip_rescale)
@@ -384,6 +232,7 @@ class NCSNpp(nn.Module):
         the images or labels do not have the shapes above, or do not halve cleanly.
     """
 
+    recompute = False
     sigmas: torch.Tensor
 
     def __init__(self, config):
@@ -444,7 +293,7 @@ class NCSNpp(nn.Module):
         for stage in self.up:
             h, pyramid = stage(h, temb, pyramid, skips)
 
-        h = pyramid if self.out is None else self.out(h)
+        h = pyramid if self.out is None else run_block(self, self.out, h)
         h = h.to(x.dtype)  # type: ignore[union-attr]
         if self.scale_by_sigma:
             sigma = time_cond if self.labels_are_sigmas else self.sigmas[time_cond.long()]

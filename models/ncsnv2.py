@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .layers import expand_to, get_act, group_norm
+from .layers import expand_to, get_act, group_norm, run_block
 from .layers_refinenet import RefineBlock, ResidualBlock
 from .normalization import get_normalization
 from .utils import get_sigmas, register_model
@@ -49,6 +49,7 @@ class RefineNet(nn.Module):
 
     stages: tuple = _STAGES_64
     conditional = False
+    recompute = False
     sigmas: torch.Tensor
 
     def __init__(self, config):
@@ -100,7 +101,7 @@ class RefineNet(nn.Module):
         maps = []
         for name, *_ in self.stages:
             for block in self.get_submodule(name).children():
-                h = block(h, y)
+                h = run_block(self, block, h, y)
             maps.append(h)
         below = []
         for _, name, *_ in reversed(self.stages):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .layers import expand_to
+from .layers import at_least_float32, expand_to
 
 _EPS = 1e-5
 
@@ -39,7 +39,10 @@ def get_normalization(config, conditional: bool = False):
 
 
 def variance_norm(x: torch.Tensor) -> torch.Tensor:
-    """x / std, by the unbiased variance over the pixels of each channel; the mean stays."""
+    """x / std, by the unbiased variance over the pixels of each channel; the mean stays.
+
+    Here and in `normalised_means` x has at least 32 bits: its moments need them.
+    """
     return x / torch.sqrt(x.var(dim=(2, 3), keepdim=True) + _EPS)
 
 
@@ -60,6 +63,13 @@ class NoneNorm2d(nn.Module):
         return x
 
 
+class InstanceNorm2d(nn.InstanceNorm2d):
+    """torch's InstanceNorm, which rounds the moments of an input of 16 bits, in float32."""
+
+    def forward(self, input):
+        return super().forward(at_least_float32(input)).to(input.dtype)
+
+
 class VarianceNorm2d(nn.Module):
     """α x / std, by the variance over the pixels of each channel; the mean stays."""
 
@@ -68,7 +78,8 @@ class VarianceNorm2d(nn.Module):
         self.alpha = nn.Parameter(torch.empty(num_features).normal_(1, 0.02))
 
     def forward(self, x):
-        return self.alpha.reshape(-1, 1, 1) * variance_norm(x)
+        h = self.alpha.reshape(-1, 1, 1) * variance_norm(at_least_float32(x))
+        return h.to(x.dtype)
 
 
 class InstanceNorm2dPlus(nn.Module):
@@ -86,8 +97,10 @@ class InstanceNorm2dPlus(nn.Module):
 
     def forward(self, x):
         alpha, gamma = (p.reshape(-1, 1, 1) for p in (self.alpha, self.gamma))
-        h = gamma * (F.instance_norm(x, eps=_EPS) + alpha * normalised_means(x))
-        return h if self.beta is None else h + self.beta.reshape(-1, 1, 1)
+        wide = at_least_float32(x)
+        h = gamma * (F.instance_norm(wide, eps=_EPS) + alpha * normalised_means(wide))
+        h = h if self.beta is None else h + self.beta.reshape(-1, 1, 1)
+        return h.to(x.dtype)
 
 
 class ConditionalNorm2d(nn.Module):
@@ -118,8 +131,8 @@ class ConditionalNorm2d(nn.Module):
 
     def forward(self, x, y):
         vectors = expand_to(self.embed(y), x).chunk(self.scales + self.bias, dim=1)
-        h = vectors[0] * self.normalise(x, *vectors[1 : self.scales])
-        return h + vectors[-1] if self.bias else h
+        h = vectors[0] * self.normalise(at_least_float32(x), *vectors[1 : self.scales])
+        return (h + vectors[-1] if self.bias else h).to(x.dtype)
 
 
 class ConditionalNoneNorm2d(ConditionalNorm2d):
@@ -177,7 +190,7 @@ class ConditionalInstanceNorm2dPlus(ConditionalNorm2d):
 _NORMS = {
     "BatchNorm": nn.BatchNorm2d,
     "GroupNorm": nn.GroupNorm,
-    "InstanceNorm": nn.InstanceNorm2d,
+    "InstanceNorm": InstanceNorm2d,
     "InstanceNorm++": InstanceNorm2dPlus,
     "NoneNorm": NoneNorm2d,
     "VarianceNorm": VarianceNorm2d,
