@@ -14,6 +14,7 @@ from checkpoints import load_file
 from checkpoints_export import FORMATS, export_content
 from checkpoints_import import for_network, layout_of, reader
 from configs.validation import complete
+from models.ema import posthoc_ema
 from models.utils import create_model
 
 # What each format leaves behind.
@@ -24,13 +25,21 @@ _LEFT_OUT = {
 
 
 def convert(
-    input: str | os.PathLike, output: str | os.PathLike, format: str, config: Any = None
+    input: str | os.PathLike,
+    output: str | os.PathLike,
+    format: str,
+    config: Any = None,
+    *,
+    ema_width: float = 0.0,
 ) -> str:
     """Read the checkpoint `input`, write it to `output` in `format`, and return a summary.
 
     The input's format is found by its content: ours, score_sde_pytorch's, NCSNv2's list, flax's
     (score_sde in JAX), safetensors, or a folder of diffusers. `config` describes the network; a
     safetensors file carries its own beside it.
+
+    With `ema_width` the average is the power-function one of that relative width at the
+    checkpoint's step, from the snapshots `ema/` in the run's folder (models/ema_posthoc.py).
 
     Raises: ValueError where something is missing or does not fit; nothing is written then.
     """
@@ -41,6 +50,8 @@ def convert(
     saved = load_file(source, "cpu")
     content = for_network(source, saved, network)
     content = {k: content[k] for k in ("model", "optimizer", "ema", "step") if k in content}
+    if ema_width:
+        content["ema"] = _average_of_width(source, content, ema_width)
     export_content(target, content, network, format)
     kept = [p for p in ("optimizer", "ema") if p in content and p not in _LEFT_OUT.get(format, ())]
     lines = [
@@ -50,6 +61,14 @@ def convert(
         + (" (the averaged ones)" if format == "diffusers" and "ema" in content else ""),
     ]
     return "\n".join(lines)
+
+
+def _average_of_width(source: Path, content: Mapping[str, Any], width: float) -> dict[str, Any]:
+    """The main average's state, with the weights of the average of relative width `width`."""
+    known = content.get("ema", {"decay": 0.0, "num_updates": None})
+    folder, step = source.resolve().parent.parent / "ema", content["step"]
+    weights = posthoc_ema(folder, width, step)
+    return {k: known[k] for k in ("decay", "num_updates")} | {"shadow_params": weights}
 
 
 def _checked_paths(input, output, format: str) -> tuple[Path, Path]:

@@ -1,8 +1,13 @@
-r"""Train and evaluate score-based generative models, convert checkpoints.
+r"""Train, evaluate and sample score-based generative models, convert checkpoints.
 
     python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode train
     python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode eval \
         --config.eval.enable_bpd
+    torchrun --nproc_per_node=8 main.py --config configs/ve/cifar10_ncsnpp_continuous.py \
+        --workdir runs/y --mode train
+    python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode sample \
+        --num 100 --output samples/
+    python main.py --config configs/ve/cifar10_ncsnpp_continuous.py --mode stats
     python main.py --mode convert --input checkpoint_24.pth --output ffhq --format diffusers \
         --config configs/ve/ffhq_ncsnpp_continuous.py
 
@@ -12,21 +17,40 @@ Any key of the configuration (configs/defaults.py) is set by --config.<key>=<val
 from __future__ import annotations
 
 import importlib.util
+import os
+import signal
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
 FLAGS = flags.FLAGS
-MODES = ("train", "eval", "convert")
+#: Of the processes that torchrun starts on this machine, not the first.
+_LATER = os.environ.get("LOCAL_RANK", "0") != "0"
+MODES = ("train", "eval", "sample", "stats", "convert")
 
 flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, logs, results.")
 flags.DEFINE_enum("mode", None, MODES, "What to do.")
 flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for results of eval.")
 flags.DEFINE_string("input", None, "convert: the checkpoint to read, of any known format.")
-flags.DEFINE_string("output", None, "convert: where to write it; a folder for diffusers.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "convert: where to write it; a folder for diffusers. sample: a folder for PNG files, a path in "
+    ".png for a grid, in .npz for an array; workdir/samples/ckpt_<k>.",
+)
+flags.DEFINE_integer("num", 64, "sample: how many.")
+flags.DEFINE_integer("first", 0, "sample: the number of the first; sample i is always the same.")
+flags.DEFINE_integer("checkpoint", -1, "sample: of which checkpoint; -1 = the newest.")
+flags.DEFINE_integer("label", -1, "sample: the class of all; -1 = every class in turn.")
+flags.DEFINE_float(
+    "ema_width",
+    0.0,
+    "convert: relative width of the average to take from the run's ema/ snapshots.",
+)
 flags.DEFINE_enum(
     "format", "native", ["native", "score_sde", "safetensors", "diffusers"], "convert: to what."
 )
@@ -34,35 +58,81 @@ flags.DEFINE_enum(
 
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
-        raise app.UsageError(
+        _misused(
             f"stray arguments {argv[1:]}; write every value with '=', "
             "such as --config.eval.enable_bpd=False"
         )
     config = FLAGS.config
     if FLAGS.mode is None:
-        raise app.UsageError(f"--mode is missing; one of {', '.join(MODES)}")
-    if FLAGS.mode != "convert" and None in (config, FLAGS.workdir):
-        raise app.UsageError(f"--mode {FLAGS.mode} needs --config and --workdir")
+        _misused(f"--mode is missing; one of {', '.join(MODES)}")
+    if FLAGS.mode != "convert" and config is None:
+        _misused(f"--mode {FLAGS.mode} needs --config")
+    if FLAGS.mode not in ("convert", "stats") and FLAGS.workdir is None:
+        _misused(f"--mode {FLAGS.mode} needs --config and --workdir")
     try:
         _run(config)
     except (ValueError, OSError, FloatingPointError) as error:
         if FLAGS.verbosity > 0:
             raise
-        sys.exit(f"error: {error}\n(the traceback is shown with --verbosity=1)")
+        _exit(error, started=True)
+    except RuntimeError as error:
+        if FLAGS.verbosity > 0 or "out of memory" not in str(error):
+            raise
+        _exit(MemoryError(f"{error}\n{_MEMORY_HINT}"), started=True)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
+
+
+_MEMORY_HINT = (
+    "use --config.training.grad_accumulation=2 (or more), --config.training.precision=bf16 or "
+    "--config.training.activation_checkpointing; in evaluation, --config.eval.batch_size"
+)
+
+
+def _misused(message: str) -> NoReturn:
+    if _LATER:
+        _exit(ValueError(message))
+    raise app.UsageError(message)
+
+
+def _exit(error: Exception, started: bool = False) -> NoReturn:
+    """End the program with the error's message; of several processes one says it.
+
+    Before they have `started` to talk, every process of a machine reads the same command and
+    files, and the machine's first one speaks.
+    """
+    if getattr(error, "reported_elsewhere", False) or (_LATER and not started):
+        time.sleep(1)  # a launcher ends the others when the first one goes
+        sys.exit(1)
+    who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    sys.exit(f"error: {who}{error}\n(the traceback is shown with --verbosity=1)")
 
 
 def _run(config) -> None:
     if FLAGS.mode == "convert":
         from checkpoints_convert import convert  # late: --help stays fast
 
-        print(convert(FLAGS.input, FLAGS.output, FLAGS.format, config))
+        width = FLAGS.ema_width
+        print(convert(FLAGS.input, FLAGS.output, FLAGS.format, config, ema_width=width))
         return
     import run_lib
 
     if FLAGS.mode == "train":
         run_lib.train(config, FLAGS.workdir)
-    else:
+    elif FLAGS.mode == "eval":
         run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder)
+    elif FLAGS.mode == "stats":
+        run_lib.statistics(config, FLAGS.workdir)
+    else:
+        run_lib.sample(
+            config,
+            FLAGS.workdir,
+            FLAGS.output or "",
+            num=FLAGS.num,
+            first=FLAGS.first,
+            checkpoint=FLAGS.checkpoint,
+            label=FLAGS.label,
+        )
 
 
 def load_config(path: str):
@@ -125,7 +195,7 @@ def run() -> None:
     try:
         argv = _define_config(sys.argv)
     except ValueError as error:
-        sys.exit(f"error: {error}")
+        _exit(error)
     app.run(main, argv)
 
 

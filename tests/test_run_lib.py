@@ -14,8 +14,9 @@ import pytest
 import torch
 
 import run_lib
-import run_lib_eval
 import run_lib_journal
+import run_lib_state
+import run_lib_train
 from configs.vp import digits_ddpmpp_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -103,8 +104,10 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
 def test_lines_of_history_beyond_the_checkpoint_are_dropped_on_resume(tmp_path):
     path = tmp_path / "history.jsonl"
     path.write_text('{"step": 2, "loss": 1}\n{"step": 4, "loss": 1}\n{"step": 6, "lo')
-    run_lib_journal._open_history(path, 2).close()
+    file, known = run_lib_journal._open_history(path, 2)
+    file.close()
     assert path.read_text() == '{"step": 2, "loss": 1}\n'
+    assert known == {(2, "step"), (2, "loss")}
 
 
 def test_evaluation_writes_numbers_with_their_protocol(tmp_path):
@@ -114,10 +117,10 @@ def test_evaluation_writes_numbers_with_their_protocol(tmp_path):
     assert saved == json.loads(json.dumps(result))
     bpd = saved["bpd"]
     per_image = np.load(tmp_path / "ev" / "ckpt_2_bpd.npz")["bpd"]
-    assert per_image.shape == (1, 300)
+    assert per_image.shape == (300, 1)
     assert np.isfinite(per_image).all()
     assert bpd["mean"] == pytest.approx(per_image.mean())
-    assert bpd["standard_error"] == pytest.approx(per_image[0].std(ddof=1) / 300**0.5)
+    assert bpd["standard_error"] == pytest.approx(per_image[:, 0].std(ddof=1) / 300**0.5)
     assert (bpd["images"], bpd["levels"], saved["loss"]["images"]) == (300, 17, 300)
     assert np.load(tmp_path / "ev" / "ckpt_2_samples.npz")["samples"].shape == (20, 1, 8, 8)
     assert 0 <= saved["metrics"]["one_nn_accuracy"] <= 1
@@ -169,24 +172,47 @@ def test_a_workdir_of_another_experiment_is_refused(tmp_path):
         for call in (run_lib.train, run_lib.evaluate):
             with pytest.raises(ValueError, match="belongs to another experiment"):
                 call(tiny(**changes), tmp_path)
-    run_lib.train(tiny(training__n_iters=7, model__dropout=0.5), tmp_path)
+    for changes in ({"model__dropout": 0.5}, {"optim__lr": 1e-3}, {"training__batch_size": 8}):
+        with pytest.raises(ValueError, match=r"there, .* now.*--config\.training\.force_workdir"):
+            run_lib.train(tiny(training__n_iters=7, **changes), tmp_path)
+    run_lib.evaluate(tiny(model__dropout=0.5, eval__bpd_num_images=3), tmp_path)
+    options = {"training__n_iters": 7, "training__log_freq": 1, "model__dropout": 0.5}
+    run_lib.train(tiny(training__force_workdir=True, **options), tmp_path)
+    assert "model.dropout: 0.0 there, 0.5 now" in (tmp_path / "log.txt").read_text()
+    run_lib.train(tiny(**options), tmp_path)  # from now on these are the run's own
 
 
 def test_a_checkpoint_lost_between_two_saves_is_written_again(tmp_path, monkeypatch):
-    whole = run_lib.save_checkpoint
+    whole = run_lib_train.save_checkpoint
 
-    def die_at_the_resume_file(path, state):
+    def die_at_the_resume_file(path, state, **options):
         if state["step"] == 6 and Path(path).name == "checkpoint.pth":
             raise KeyboardInterrupt
-        whole(path, state)
+        whole(path, state, **options)
 
-    monkeypatch.setattr(run_lib, "save_checkpoint", die_at_the_resume_file)
+    monkeypatch.setattr(run_lib_train, "save_checkpoint", die_at_the_resume_file)
     with pytest.raises(KeyboardInterrupt):
         run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
-    monkeypatch.setattr(run_lib, "save_checkpoint", whole)
+    monkeypatch.setattr(run_lib_train, "save_checkpoint", whole)
     (tmp_path / "checkpoints" / "checkpoint_2.pth").unlink()
     run_lib.train(tiny(training__snapshot_sampling=False), tmp_path)
     assert (tmp_path / "checkpoints" / "checkpoint_2.pth").exists()
+
+
+def test_an_average_of_any_width_is_made_after_training(tmp_path):
+    from checkpoints_convert import convert
+
+    config = tiny(
+        training__snapshot_sampling=False, training__posthoc_freq=2, model__ema_profiles=(0.05, 0.1)
+    )
+    run_lib.train(config, tmp_path)
+    assert len(list((tmp_path / "ema").iterdir())) == 4  # steps 2, 3, 4 and 6
+    source, target = tmp_path / "checkpoints" / "checkpoint_2.pth", tmp_path / "of_width.pth"
+    convert(source, target, "native", config, ema_width=0.1)
+    kept = weights(tmp_path, "checkpoints/checkpoint_2.pth")["ema"]["profiles"][0.1]
+    made = weights(tmp_path, "of_width.pth")["ema"]
+    for a, b in zip(kept["shadow_params"], made["shadow_params"], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_an_unknown_sampler_is_refused_before_training(tmp_path):
@@ -196,11 +222,11 @@ def test_an_unknown_sampler_is_refused_before_training(tmp_path):
 
 
 def test_subsets_are_fixed_and_spread_over_the_set():
-    chosen = run_lib_eval.fixed_subset(1000, 100)
-    assert torch.equal(chosen, run_lib_eval.fixed_subset(1000, 100))
+    chosen = run_lib_state.fixed_subset(1000, 100)
+    assert torch.equal(chosen, run_lib_state.fixed_subset(1000, 200)[:100])
     assert len(set(chosen.tolist())) == 100
     assert 350 < chosen.double().mean() < 650
-    assert torch.equal(run_lib_eval.fixed_subset(5, 9), torch.arange(5))
+    assert sorted(run_lib_state.fixed_subset(5, 9).tolist()) == list(range(5))
 
 
 def test_a_missing_checkpoint_is_an_error_that_names_what_there_is(tmp_path):
@@ -228,11 +254,6 @@ def test_a_nan_loss_ends_the_run_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr(data_lib, "prepare", lambda *a, **k: whole(*a, **k) * float("nan"))
     with pytest.raises(FloatingPointError, match="not finite 3 steps in a row"):
         run_lib.train(tiny(training__max_nonfinite=3), tmp_path)
-
-
-def test_the_likelihoods_samples_and_losses_repeat_from_their_seed():
-    assert run_lib_eval.seed_for(1, "a", 2) == run_lib_eval.seed_for(1, "a", 2)
-    assert run_lib_eval.seed_for(1, "a", 2) != run_lib_eval.seed_for(1, "a", 3)
 
 
 # --- the command line -----------------------------------------------------------------------
@@ -272,6 +293,7 @@ def test_missing_data_fail_in_seconds_with_the_remedy(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(tmp_path):
     """SIGKILL in the middle of training; resumed by the same command."""
     options = {"training.snapshot_sampling": False, "training.n_iters": 60}

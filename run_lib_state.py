@@ -1,0 +1,159 @@
+"""What a run works on: its device, its network, its checkpoints, and names of its data."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import distributed
+import losses
+import models.ema
+from checkpoints import restore_checkpoint
+from configs.validation import complete
+from models.utils import create_model, unwrap
+from randomness import seed_for
+
+
+def complete_here(config):
+    """`config` completed, on a device that is there: of several GPUs this process's own.
+
+    Raises: ValueError for a configuration that is wrong, or a device that cannot be used.
+    """
+    config = complete(config)
+    config.device = distributed.local_device(config.device)
+    try:
+        torch.zeros((), device=config.device)
+        if config.device.type == "cuda":
+            torch.cuda.set_device(config.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"config.device={str(config.device)!r} cannot be used: {reason}; "
+            "use --config.device=cpu"
+        ) from error
+    return config
+
+
+def create_state(config) -> dict[str, Any]:
+    """A fresh training state: model, optimizer, ema, step."""
+    torch.manual_seed(seed_for(config.seed, "weights"))
+    model = create_model(config)
+    return {
+        "model": model,
+        "optimizer": losses.get_optimizer(config, model.parameters()),
+        "ema": models.ema.from_config(config, model.parameters()),
+        "step": 0,
+    }
+
+
+# --- data -----------------------------------------------------------------------------------
+
+
+#: Names of folders that say which part of a set they hold, and not of which set.
+_PARTS = ("train", "training", "val", "valid", "validation", "test", "eval", "images")
+
+
+def data_name(config) -> str:
+    """The name of the data set; of a folder, its own, or that of the folder it is a part of."""
+    data = config.data
+    name = data.dataset.lower()
+    if name == "folder" and data.path:
+        path = Path(data.path).expanduser().resolve()
+        name = (path.parent if path.name.lower() in _PARTS else path).stem.lower()
+    return f"{name}-{data.category}" if data.category else name
+
+
+def fixed_subset(n: int, count: int) -> torch.Tensor:
+    """The indices of `count` of n images (all, where there are no more), in an order that is
+    always the same: its beginning is spread over the classes, and part of any longer one."""
+    return torch.from_numpy(np.random.RandomState(0).permutation(n)[:count])
+
+
+# --- checkpoints ----------------------------------------------------------------------------
+
+
+def checkpoint_path(workdir: Path, number: int) -> Path:
+    """Where checkpoint `number` of the run is."""
+    return workdir / "checkpoints" / f"checkpoint_{number}.pth"
+
+
+def list_checkpoints(workdir: Path) -> list[int]:
+    """The numbers of the run's checkpoints, in order."""
+    return sorted(
+        int(path.stem.removeprefix("checkpoint_"))
+        for path in (workdir / "checkpoints").glob("checkpoint_*.pth")
+        if path.stem.removeprefix("checkpoint_").isdigit()
+    )
+
+
+def find_checkpoints(config, workdir: Path) -> list[int]:
+    """The numbers of the run's checkpoints from eval.begin_ckpt to eval.end_ckpt; -1 is the newest.
+
+    Raises: FileNotFoundError where there is none of them, naming what there is.
+    """
+    found = list_checkpoints(workdir)
+    begin, end = config.eval.begin_ckpt, config.eval.end_ckpt
+    if -1 in (begin, end) and found:
+        begin, end = found[-1] if begin == -1 else begin, found[-1]
+    chosen = [number for number in found if begin <= number <= end]
+    if not chosen:
+        there = ", ".join(map(str, found)) or "none (train first; see training.snapshot_freq)"
+        raise FileNotFoundError(
+            f"expected checkpoints {begin} to {end} in {workdir / 'checkpoints'}, found {there}; "
+            "--config.eval.begin_ckpt=-1 takes the newest"
+        )
+    return chosen
+
+
+def each_checkpoint(config, workdir: Path) -> Iterator[int]:
+    """Those checkpoints one by one, the same in every process; with eval.wait_s > 0 also those that
+    come later, until none has come for so many seconds.
+
+    Raises: FileNotFoundError where there is none of them.
+    """
+    last, since = -1, time.monotonic()
+    while True:
+        number, error = None, None
+        if distributed.is_main():
+            try:
+                later = [n for n in find_checkpoints(config, workdir) if n > last]
+                number = later[0] if later else None
+            except FileNotFoundError as none:
+                error = str(none)
+        number, error = distributed.broadcast((number, error))
+        if number is not None:
+            yield number
+            last, since = number, time.monotonic()
+            continue
+        ended = -1 < config.eval.end_ckpt <= last or (config.eval.end_ckpt == -1 and last >= 0)
+        waited = distributed.broadcast(time.monotonic() - since)
+        if ended or waited >= config.eval.wait_s:
+            break
+        time.sleep(min(10.0, config.eval.wait_s / 10))
+    if last < 0:
+        raise FileNotFoundError(error)
+
+
+def load_averages(config, workdir: Path, number: int, state: dict[str, Any]) -> str:
+    """Put the averaged weights of checkpoint `number` into the state's model; their SHA-256."""
+    path = checkpoint_path(workdir, number)
+    wanted = {name: value for name, value in state.items() if name != "optimizer"}
+    restore_checkpoint(path, wanted, config.device)
+    state["step"] = wanted["step"]
+    state["ema"].copy_to(state["model"].parameters())
+    return weights_hash(state["model"])
+
+
+def weights_hash(model: torch.nn.Module) -> str:
+    """SHA-256 of a network's parameters and buffers by name."""
+    digest = hashlib.sha256()
+    for key, value in sorted(unwrap(model).state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
