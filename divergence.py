@@ -9,13 +9,21 @@ import torch
 from sde_lib import sum_except_batch
 
 
-def rademacher(x: torch.Tensor) -> torch.Tensor:
+def rademacher(x: torch.Tensor, draws=None) -> torch.Tensor:
     """A probe of ±1, of x's shape and dtype; zero variance where the Jacobian is diagonal."""
-    return torch.randint_like(x, low=0, high=2) * 2 - 1
+    if draws is None:
+        return torch.randint_like(x, low=0, high=2) * 2 - 1
+    return (draws.rand("probe", x.shape[1:]) < 0.5).to(x) * 2 - 1
 
 
-#: Probe distributions by name; each has mean 0 and covariance I.
-PROBES: dict[str, Callable] = {"rademacher": rademacher, "gaussian": torch.randn_like}
+def gaussian(x: torch.Tensor, draws=None) -> torch.Tensor:
+    """A probe of standard normal numbers, of x's shape and dtype."""
+    return torch.randn_like(x) if draws is None else draws.randn("probe", x.shape[1:]).to(x)
+
+
+#: Probe distributions by name; each has mean 0 and covariance I. Called as probe(x, draws), with
+#: a `randomness.Draws` of the images, or None for torch's own generator.
+PROBES: dict[str, Callable] = {"rademacher": rademacher, "gaussian": gaussian}
 
 
 def get_probe(name: str) -> Callable:

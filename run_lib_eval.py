@@ -1,12 +1,11 @@
-"""The evaluation of one checkpoint: loss, bits/dim, samples, and the report on them."""
+"""The evaluation of checkpoints: loss, bits/dim, samples and their scores, the report on them."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.metadata
 import json
-import math
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,63 +13,103 @@ import numpy as np
 import torch
 
 import data_lib
-import evaluation
+import distributed
 import likelihood
 import losses
-import sampling
+import sde_lib
 import visualize
-import visualize_report
-from models.utils import get_score_fn
-from randomness import seed_for
-from run_lib_journal import log, plain, progress_bar, read_history, write_json
+from models.utils import unwrap
+from randomness import Draws, seed_for
+from run_lib_checks import check_same_experiment, check_writable, lock
+from run_lib_journal import log, logging_to, plain, progress_bar
+from run_lib_metrics import FeatureMetrics, log_metrics, pixel_metrics, unit
+from run_lib_results import Results, to_tensorboard, write_report
+from run_lib_samples import Sampler, code_of, conditioned, conditions
+from run_lib_shards import Shards, name_of
+from run_lib_state import (
+    checkpoint_path,
+    complete_here,
+    create_state,
+    data_name,
+    each_checkpoint,
+    find_checkpoints,
+    fixed_subset,
+    load_averages,
+)
 
-#: Samples whose way from noise is kept for the report's animation, and the number of frames.
-ANIMATED, FRAMES = 16, 40
 LIKELIHOOD_EPS = 1e-5
-#: Limits of what is computed on raw pixels: numbers an image, samples, training images.
-METRIC_NUMBERS, METRIC_IMAGES, TRAIN_IMAGES = 1024, 5000, 20000
-NEIGHBOR_NUMBERS = 3 * 64 * 64
 
 
-def sampling_eps(config, sde) -> float:
-    """Where sampling ends: `config.sampling.eps`, or the process's own default where it is 0."""
-    return config.sampling.eps or sde.sampling_eps
+def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, Any]]:
+    """Evaluate checkpoints of a run: loss, bits/dim, samples and their scores, as `config.eval`
+    asks, each on its own, and with nothing loaded that is not asked for.
 
+    Leaves in workdir/eval_folder, for checkpoint k: ckpt_<k>.json with every number and its
+    protocol, ckpt_<k>_bpd.npz (bits/dim by image and repeat), ckpt_<k>_samples.npz (uint8),
+    ckpt_<k>_samples.png and ckpt_<k>_sampling.webp; in workdir/tensorboard scalars eval/…; and
+    workdir/report.html on the last of them. Files on data of another name than those of the
+    training end in that name: ckpt_<k>_svhn.json, report_svhn.html.
 
-def image_shape(config, n: int) -> tuple[int, int, int, int]:
-    """The shape of n images."""
-    size = config.data.image_size
-    return n, config.data.num_channels, size, size
+    The same command goes on where a killed one ended, with any batch size and number of processes;
+    what belongs to other weights or another protocol is made anew. Under torchrun every process
+    calls this.
 
+    Returns: the content of the JSON files, by checkpoint number; in every process.
 
-def conditions(config, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
-    """What a class-conditional network is told of images with these labels; nothing for others.
-
-    Raises: ValueError where the network wants classes and the images have none, or more.
+    Raises: ValueError, OSError for what is wrong with configuration, data, statistics, checkpoint
+      or workdir, before the long work.
     """
-    classes = config.model.num_classes
-    if not classes:
-        return {}
-    if labels is None or int(labels.max()) >= classes:
-        found = "no labels" if labels is None else f"label {int(labels.max())}"
-        raise ValueError(
-            f"model.num_classes={classes} needs labels 0 to {classes - 1}, and the images have "
-            f"{found}; use a data set with classes (folders), or --config.model.num_classes=0"
-        )
-    return {"y": labels.to(config.device)}
+    workdir = Path(workdir)
+    folder = workdir / eval_folder
+    with distributed.process_group(), contextlib.ExitStack() as held:
+        with distributed.together():
+            config = complete_here(config)
+            if distributed.is_main():
+                if not config.eval.wait_s:
+                    find_checkpoints(config, workdir)
+                check_same_experiment(config, workdir, training=False)
+                check_writable(folder)
+                held.enter_context(lock(folder))
+        held.enter_context(logging_to(folder / "log.txt"))
+        sets = _image_sets(config)
+        metrics = FeatureMetrics(config) if _wants_features(config) else None
+        with distributed.together():
+            sde, state = sde_lib.get_sde(config), create_state(config)
+            evaluation = Evaluation(config, sde, state, sets, metrics)
+        results = {}
+        for number in each_checkpoint(config, workdir):
+            with distributed.together():
+                weights = load_averages(config, workdir, number, state)
+            path = checkpoint_path(workdir, number)
+            log.info("evaluating %s, step %d", path, state["step"])
+            stem = folder / f"ckpt_{number}{suffix_of(config, workdir)}"
+            results[number] = evaluation.run(workdir, stem, number, weights)
+    return results
 
 
-def every_class(config, n: int) -> torch.Tensor | None:
-    """Labels 0, 1, … in turn for n samples of a class-conditional network."""
-    return torch.arange(n) % config.model.num_classes if config.model.num_classes else None
+def _wants_features(config) -> bool:
+    return config.eval.enable_sampling and bool(config.eval.metrics)
 
 
-def conditioned(config, sde, model, known: dict[str, torch.Tensor]):
-    """The network, told what is known of the images, for samplers and likelihoods."""
-    if not known:
-        return model
-    score_fn = get_score_fn(sde, model, train=False, continuous=config.training.continuous)
-    return score_fn.with_conditions(**known)
+def _image_sets(config):
+    """The training and the evaluation images; None where there are none, and nothing that is asked
+    for needs them."""
+    try:
+        return distributed.in_turn(lambda: data_lib.get_image_sets(config))
+    except FileNotFoundError as error:
+        if config.eval.enable_loss or config.eval.enable_bpd:
+            raise
+        log.info("no comparison with images of the data set: %s", error)
+        return None
+
+
+def suffix_of(config, workdir: Path) -> str:
+    """What files on data of another name than those of the training end in; '' for those."""
+    path = workdir / "config.json"
+    if not path.exists():
+        return ""
+    known = json.loads(path.read_text()).get("data", {}).get("dataset", "")
+    return "" if known.lower() in ("", config.data.dataset.lower()) else f"_{data_name(config)}"
 
 
 class Evaluation:
@@ -79,21 +118,16 @@ class Evaluation:
     What is asked for is built, and so checked, here, before any work begins.
     """
 
-    def __init__(self, config, sde, state, train_set, eval_set):
-        self.config, self.sde, self.state = config, sde, state
-        self.model = state["model"]
-        self.train_set, self.eval_set = train_set, eval_set
-        self.inverse_scaler = data_lib.get_data_inverse_scaler(config)
-        self.frames: list[tuple[float, torch.Tensor]] = []
+    def __init__(self, config, sde, state, sets, features: FeatureMetrics | None = None):
+        self.config, self.sde, self.state, self.sets = config, sde, state, sets
+        self.model, self.features = state["model"], features
         e, t = config.eval, config.training
         if e.enable_loss:
-            self.loss_fn = losses.get_loss_fn(
-                sde, False, t.reduce_mean, t.continuous, t.likelihood_weighting, t.eps
-            )
+            self.loss_fn = losses.loss_fn_from_config(config, sde, train=False)
         if e.enable_bpd:
             self.likelihood_fn = likelihood.get_likelihood_fn(
                 sde,
-                self.inverse_scaler,
+                data_lib.get_data_inverse_scaler(config),
                 hutchinson_type=e.hutchinson_type,
                 rtol=e.rtol,
                 atol=e.atol,
@@ -102,82 +136,80 @@ class Evaluation:
                 levels=config.data.levels,
             )
         if e.enable_sampling:
-            self._sampler(1)
+            self.sampler = Sampler(config, sde, self.model)
 
-    def run(self, workdir: Path, folder: Path, number: int) -> dict[str, Any]:
-        """Evaluate, write ckpt_<number>.* into `folder` and report.html into `workdir`.
+    def run(self, workdir: Path, stem: Path, number: int, weights: str) -> dict[str, Any]:
+        """Evaluate, and write `stem`.json, the files beside it, and the report in `workdir`."""
+        e = self.config.eval
+        results = Results(stem, number, self.state["step"], weights)
+        frames = None
 
-        Each part is written when it is done. Parts of the same checkpoint that an earlier call
-        left, and this one does not ask for, stay.
-        """
-        folder.mkdir(parents=True, exist_ok=True)
-        e, stem = self.config.eval, folder / f"ckpt_{number}"
-        self.frames = []
-        results = _earlier(Path(f"{stem}.json"), number, self.state["step"])
-
-        def keep(part: str, **values):
-            results.update(values)
-            results["protocol"][part] = self.protocol()
-            write_json(Path(f"{stem}.json"), results)
+        def keep(part: str, about: dict, **values):
+            with distributed.together():
+                if distributed.is_main():
+                    results.keep(part, {**self.protocol(), **about}, **values)
 
         if e.enable_loss:
-            keep("loss", loss=self.loss())
-            log.info("loss %.5g on %d images", results["loss"]["mean"], results["loss"]["images"])
+            loss = self.loss()
+            keep("loss", {}, loss=loss)
+            log.info("loss %.5g on %d images", loss["mean"], loss["images"])
         if e.enable_bpd:
-            summary, values = self.bpd()
-            np.savez_compressed(f"{stem}_bpd.npz", bpd=values)
-            keep("bpd", bpd=summary)
+            summary = self.bpd(Path(f"{stem}_bpd.npz"), weights)
+            keep("bpd", {}, bpd=summary)
             log.info("%s", _bpd_line(summary))
         if e.enable_sampling:
-            about, pixels = self.sample()
-            np.savez_compressed(f"{stem}_samples.npz", samples=pixels.numpy())
-            visualize.save_grid(_unit(pixels[:256]), f"{stem}_samples.png")
-            visualize.animation(self.frames, f"{stem}_sampling.webp")
-            keep("sampling", sampling=about, metrics=self.metrics(_unit(pixels[:METRIC_IMAGES])))
-            for name in {"frechet_distance_pixels", "one_nn_accuracy"} & results["metrics"].keys():
-                log.info("%s %.4f", name, results["metrics"][name])
-        self.report(workdir, stem, results)
-        log.info("results in %s.json, report in %s", stem, workdir / "report.html")
-        return results
+            about, scores, frames = self.sampling(stem, weights)
+            features = {} if self.features is None else {"features": self.features.protocol()}
+            keep("sampling", features, sampling=about, metrics=scores)
+            log_metrics(scores) if scores else None
+        with distributed.together():
+            if distributed.is_main():
+                suffix = suffix_of(self.config, workdir)
+                to_tensorboard(workdir, results.content, suffix)
+                write_report(self.config, workdir, stem, suffix, results.content, self.sets, frames)
+        return distributed.broadcast(results.content)
+
+    # --- loss and bits/dim ------------------------------------------------------------------
 
     @torch.no_grad()
-    def loss(self) -> dict[str, float]:
-        """The loss over the whole evaluation set, every image once, under fixed noise."""
-        torch.manual_seed(seed_for(self.config.seed, "eval loss"))
-        total = 0.0
-        for images, known in self._batches(self.eval_set, len(self.eval_set), "loss"):
-            x = self._prepare(images, self.config.data.uniform_dequantization)
-            total += self.loss_fn(self.model, x, **known).item() * len(x)
-        return {"mean": total / len(self.eval_set), "images": len(self.eval_set)}
+    def loss(self) -> dict[str, Any]:
+        """The loss over the whole evaluation set, every image once, each under noise of its own.
 
-    def bpd(self) -> tuple[dict[str, Any], np.ndarray]:
-        """Bits/dim of every image once per repeat, under fresh uniform dequantisation.
+        It is the loss on all held-out images that the training logs at this checkpoint.
+        """
+        config, image_set = self.config, self.sets[1]
+        values = []
+        torch.manual_seed(seed_for(config.seed, "eval"))
+        share = distributed.share(len(image_set))
+        with progress_bar(len(share), desc="loss", unit="image", leave=False) as bar:
+            for places, (images, labels) in self._batches(image_set, share):
+                draws = Draws(config.seed, "eval", places.start, len(places), device=config.device)
+                dequantize = config.data.uniform_dequantization
+                x = data_lib.prepare(
+                    images, config, config.device, dequantize=dequantize, draws=draws
+                )
+                known = conditions(config, labels)
+                each, _ = self.loss_fn.per_image(self.model, x, draws=draws, **known)
+                values.append(each.double().cpu().numpy())
+                bar.update(len(places))
+        mine = np.concatenate(values) if values else np.zeros(0)
+        values = np.concatenate(distributed.gather(mine))
+        return {**_mean_and_error(values), "images": len(values)}
+
+    def bpd(self, path: Path, weights: str) -> dict[str, Any]:
+        """Bits/dim of every image once per repeat, each under uniform dequantisation noise and a
+        probe of its own, kept at `path`.
 
         The standard error is over images, of each image's mean over repeats.
         """
         config, e = self.config, self.config.eval
-        image_set = self.train_set if e.bpd_dataset.lower() == "train" else self.eval_set
+        of_training = e.bpd_dataset.lower() == "train"
+        image_set = self.sets[0 if of_training else 1]
         count = min(e.bpd_num_images or len(image_set), len(image_set))
-        repeats = e.bpd_repeats or (1 if image_set is self.train_set else 5)
-        values, evaluations = np.zeros((repeats, count)), []
-        for repeat in range(repeats):
-            done = 0
-            label = f"bits/dim {repeat + 1}/{repeats}"
-            for images, known in self._batches(image_set, count, label):
-                torch.manual_seed(seed_for(config.seed, "bpd", repeat, done))
-                x = self._prepare(images, dequantize=True)
-                result, _, nfe = self.likelihood_fn(self._told(known), x)
-                values[repeat, done : done + len(images)] = result.cpu().numpy()
-                done += len(images)
-                evaluations.append(nfe)
-        per_image = values.mean(axis=0)
-        summary = {
-            "mean": float(per_image.mean()),
-            "standard_error": float(per_image.std(ddof=1) / count**0.5) if count > 1 else None,
-            "images": count,
+        repeats = e.bpd_repeats or (1 if of_training else 5)
+        about = {
             "repeats": repeats,
             "dataset": image_set.name,
-            "evaluations_per_batch": float(np.mean(evaluations)),
             "dequantization": "uniform",
             "levels": config.data.levels,
             "trace_estimator": e.hutchinson_type,
@@ -185,84 +217,109 @@ class Evaluation:
             "atol": e.atol,
             "eps": LIKELIHOOD_EPS,
         }
-        return summary, values
+        made_by = {
+            **about,
+            "weights": weights,
+            "config": {name: plain(config)[name] for name in ("model", "seed")},
+            "training": [config.training.sde, config.training.continuous],
+            "images": [len(image_set), image_set.shape, _fingerprint(image_set)],
+            "centered": config.data.centered,
+            "device": config.device.type,
+            "code": code_of(self.sde, unwrap(self.model), likelihood.get_likelihood_fn),
+        }
 
-    def sample(self) -> tuple[dict[str, Any], torch.Tensor]:
-        """How `eval.num_samples` samples were drawn, and the samples: uint8 (n, C, H, W)."""
-        config, done, evaluations = self.config, 0, 0
-        parts, total = [], config.eval.num_samples
-        while done < total:
-            n = min(config.eval.batch_size, total - done)
-            torch.manual_seed(seed_for(config.seed, "sample", done))
-            known = conditions(config, every_class(config, n))
-            callback = None if self.frames else self._keep_frames()
-            samples, evaluations = self._sampler(n, callback)(self._told(known))
-            levels = data_lib.quantize(samples, config).cpu()
-            parts.append(visualize.to_uint8(_unit(levels, config.data.levels)))
-            done += n
-        about = {"images": total, "evaluations": evaluations, **config.sampling.to_dict()}
-        return about, torch.cat(parts)
+        def work(places: range) -> dict[str, np.ndarray]:
+            return self._bits(image_set, places, repeats)
 
-    def _sampler(self, n: int, callback=None):
-        return sampling.get_sampling_fn(
-            self.config,
-            self.sde,
-            image_shape(self.config, n),
-            self.inverse_scaler,
-            sampling_eps(self.config, self.sde),
-            callback=callback,
-            progress=True,
-        )
+        shards = Shards(path, made_by)
+        shards.fill(count, max(e.batch_size // repeats, 1), work, "bits/dim", "image")
+        rows = shards.read(count)
+        per_image = rows["bpd"].mean(axis=1)
+        evaluations = float(rows["evaluations"].mean())
+        return {
+            **_mean_and_error(per_image),
+            "images": count,
+            **about,
+            "evaluations_per_batch": evaluations,
+        }
 
-    def _keep_frames(self):
-        """A callback that keeps about FRAMES states of the first samples, evenly over the steps."""
-        steps = self.config.sampling.steps or self.sde.N
-        every = max(steps // FRAMES, 1) if self.config.sampling.method == "pc" else 1
+    def _bits(self, image_set, places: range, repeats: int) -> dict[str, np.ndarray]:
+        """Bits/dim of the images at these places, `repeats` times each; their indices."""
+        config = self.config
+        chosen = fixed_subset(len(image_set), places.stop)[places.start :]
+        images, labels = image_set.batch(chosen)
+        images = images.repeat_interleave(repeats, dim=0)
+        labels = None if labels is None else labels.repeat_interleave(repeats)
+        first = places.start * repeats
+        draws = Draws(config.seed, ("bpd", repeats), first, len(images), device=config.device)
+        x = data_lib.prepare(images, config, config.device, dequantize=True, draws=draws)
+        told = conditioned(config, self.sde, self.model, conditions(config, labels))
+        values, _, nfe = self.likelihood_fn(told, x, draws=draws)
+        return {
+            "bpd": values.double().cpu().numpy().reshape(-1, repeats),
+            "index": chosen.numpy(),
+            "evaluations": np.full(len(places), float(nfe)),
+        }
 
-        def callback(i, t, x, x_mean):
-            if i % every == 0 or i == steps - 1:
-                state = x_mean if i == steps - 1 else x
-                self.frames.append((t, self.inverse_scaler(state[:ANIMATED]).cpu()))
-            if len(self.frames) > 4 * FRAMES:  # of a sampler that sets its own steps
-                del self.frames[1::2]
+    def _batches(self, image_set, share: range) -> Iterator[tuple[range, data_lib.Batch]]:
+        """This process's part of the set in its fixed order: places, and what is there."""
+        size = self.config.eval.batch_size
+        order = fixed_subset(len(image_set), len(image_set)).tolist()
+        batches = data_lib.eval_batches(image_set, size, part=order[share.start : share.stop])
+        for start, batch in zip(range(share.start, share.stop, size), batches):
+            yield range(start, start + len(batch.images)), batch
 
-        return callback
+    # --- samples ----------------------------------------------------------------------------
 
-    def metrics(self, samples: torch.Tensor) -> dict[str, Any]:
-        """Distances of the samples to held-out and to training images, where pixels are few."""
-        numbers = samples[0].numel()
-        if numbers > METRIC_NUMBERS or min(len(samples), len(self.eval_set)) < 2:
-            note = (
-                f"no distances on pixels: {numbers} numbers an image (at most {METRIC_NUMBERS}), "
-                f"{len(samples)} samples, {len(self.eval_set)} held-out images (at least 2 each)"
-            )
-            log.info(note)
-            return {"notes": [note]}
-        reference = self._real(self.eval_set, max(len(samples), 300))
-        train = self._real(self.train_set, TRAIN_IMAGES)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the same sentences are in the notes
-            metrics = evaluation.low_dimensional_metrics(samples, reference, train)
-        for note in metrics["notes"]:
-            log.info("%s", note)
-        return metrics
+    def sampling(self, stem: Path, weights: str):
+        """How `eval.num_samples` samples were drawn, which are kept; their scores, and frames of
+        the sampling of the first, both in the main process only."""
+        count = self.config.eval.num_samples
+        made_by = self.sampler.made_by(weights)
+        path, film = Path(f"{stem}_samples.npz"), Path(f"{stem}_frames.npz")
+        shards = Shards(path, made_by, whole_parts=self.sampler.by_batch)
+        if self.sampler.by_batch:
+            log.info("a seed per batch, not per sample: %s", self.sampler.why_by_batch)
 
-    def _told(self, known):
-        return conditioned(self.config, self.sde, self.model, known)
+        def work(places: range) -> dict[str, np.ndarray]:
+            samples, evaluations = self.sampler(places)
+            if places.start == 0:  # before the samples, so that these never come without
+                _write_frames(film, self.sampler.frames, made_by)
+            return {
+                "samples": samples.numpy(),
+                "evaluations": np.full(len(places), float(evaluations)),
+            }
 
-    def _real(self, image_set, count: int) -> torch.Tensor:
-        chosen = fixed_subset(len(image_set), count)
-        return _unit(image_set.take(chosen), self.config.data.levels)
+        shards.fill(count, self.config.eval.batch_size, work, "samples", "image")
+        scores = None
+        if self.features is not None:
+            features = Path(f"{stem}_features.npz")
+            scores = self.features(lambda: shards.read(count)["samples"], made_by, features)
+        rows = shards.read(count)
+        about = {
+            "images": count,
+            "evaluations": _whole(rows["evaluations"].mean()),
+            **self.sampler.protocol(),
+        }
+        with distributed.together():
+            frames = None
+            if distributed.is_main():
+                pixels = unit(torch.from_numpy(rows["samples"]))
+                scores = self._with_pixels(pixels, scores)
+                frames = _read_frames(film, made_by)
+                visualize.save_grid(pixels[:256], f"{stem}_samples.png")
+                if frames:
+                    visualize.animation(frames, f"{stem}_sampling.webp")
+        return about, scores, frames
 
-    def _prepare(self, images: torch.Tensor, dequantize: bool) -> torch.Tensor:
-        return data_lib.prepare(images, self.config, self.config.device, dequantize=dequantize)
-
-    def _batches(self, image_set, count: int, label: str):
-        with progress_bar(count, desc=label, unit="image", leave=False) as bar:
-            for chosen in fixed_subset(len(image_set), count).split(self.config.eval.batch_size):
-                images, labels = image_set.batch(chosen)
-                yield images, conditions(self.config, labels)
-                bar.update(len(images))
+    def _with_pixels(self, pixels: torch.Tensor, scores: dict | None) -> dict[str, Any]:
+        if self.sets is None:
+            return scores or {"notes": ["no images of the data set to compare with"]}
+        on_pixels = pixel_metrics(pixels, *self.sets)
+        if scores is None:
+            return on_pixels
+        notes = [*scores["notes"], *on_pixels["notes"]]
+        return {**scores, **on_pixels, "notes": notes}
 
     def protocol(self) -> dict[str, Any]:
         """What a reader needs to recompute the numbers."""
@@ -270,64 +327,48 @@ class Evaluation:
         return {
             "weights": "exponential moving average",
             "seed": self.config.seed,
+            "processes": distributed.world_size(),
+            "device": str(self.config.device.type),
             "versions": {name: importlib.metadata.version(name) for name in packages},
             "config": plain(self.config),
         }
 
-    def report(self, workdir: Path, stem: Path, results) -> None:
-        """Write workdir/report.html on all that is known of the checkpoint."""
-        samples = neighbors = real = bpd = None
-        if "bpd" in results:
-            bpd = np.load(f"{stem}_bpd.npz")["bpd"].mean(axis=0)
-        if "sampling" in results:
-            samples = _unit(torch.from_numpy(np.load(f"{stem}_samples.npz")["samples"][:300]))
-            real = self._real(self.eval_set, 64)
-            if samples[0].numel() <= NEIGHBOR_NUMBERS:
-                train = self._real(self.train_set, TRAIN_IMAGES)
-                distances, indices = evaluation.nearest_neighbors(samples, train)
-                neighbors = (train[indices.flatten()], distances.flatten())
-        visualize_report.write_report(
-            workdir / "report.html",
-            title=f"{self.config.training.sde} on {self.eval_set.name.split('/')[0]}",
-            subtitle=f"{workdir.name}, checkpoint {results['checkpoint']}, "
-            f"step {results['step']:,}",
-            config_text=json.dumps(plain(self.config), indent=2),
-            samples=samples,
-            real=real,
-            train_neighbors=neighbors,
-            loss_history=read_history(workdir),
-            frames=self.frames or None,
-            bpd=bpd,
-            metrics=results.get("metrics"),
-            max_pairs=300 if self.config.data.image_size <= 16 else 48,
-        )
+
+def _mean_and_error(values: np.ndarray) -> dict[str, Any]:
+    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
+    return {"mean": float(values.mean()), "standard_error": error}
 
 
-def fixed_subset(n: int, count: int) -> torch.Tensor:
-    """The indices of `count` of n images, the same ones always and spread over all classes."""
-    if count >= n:
-        return torch.arange(n)
-    return torch.from_numpy(np.random.RandomState(0).permutation(n)[:count])
+def _whole(value) -> float | int:
+    return int(value) if float(value).is_integer() else float(value)
 
 
-def _unit(levels: torch.Tensor, count: int = 256) -> torch.Tensor:
-    return levels.float() / (count - 1)
+def _fingerprint(image_set) -> str:
+    """A hash of images spread over the set: another set of the same name has another."""
+    spread = np.unique(np.linspace(0, len(image_set) - 1, 16).astype(int))
+    return name_of({"pixels": image_set.take(spread).numpy().tobytes().hex()})
 
 
-def _earlier(path: Path, number: int, step: int) -> dict[str, Any]:
-    """What an earlier evaluation of the same checkpoint wrote, or an empty result."""
-    if path.exists():
-        with contextlib.suppress(ValueError, AttributeError):
-            known = json.loads(path.read_text())
-            if known.get("step") == step:
-                return known
-    return {"checkpoint": number, "step": step, "protocol": {}}
+def _write_frames(path: Path, frames, made_by: dict[str, Any]) -> None:
+    if frames:
+        times, states = zip(*frames)
+        content = {"made_by": name_of(made_by), "times": times, "frames": torch.stack(states)}
+        visualize.write_npz(path, {key: np.asarray(value) for key, value in content.items()})
+
+
+def _read_frames(path: Path, made_by: dict[str, Any]):
+    """The frames at `path`, if they are of these samples."""
+    if not path.exists():
+        return None
+    with np.load(path) as file:
+        if str(file["made_by"]) != name_of(made_by):
+            return None
+        return [(float(t), torch.from_numpy(x)) for t, x in zip(file["times"], file["frames"])]
 
 
 def _bpd_line(bpd: dict[str, Any]) -> str:
     return (
-        f"bits/dim {bpd['mean']:.4f} ± {bpd['standard_error'] or math.nan:.4f} "
-        f"on {bpd['images']} images of "
-        f"{bpd['dataset']}, {bpd['repeats']} repeats, "
+        f"bits/dim {bpd['mean']:.4f} ± {bpd['standard_error'] or float('nan'):.4f} on "
+        f"{bpd['images']} images of {bpd['dataset']}, {bpd['repeats']} repeats, "
         f"{bpd['evaluations_per_batch']:.0f} evaluations"
     )

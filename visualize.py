@@ -119,6 +119,13 @@ def save_grid(images: Array, path: PathLike, **options: Any) -> None:
     write_atomic(path, buffer.getvalue())
 
 
+def save_image(image: Array, path: PathLike) -> None:
+    """Write one image (C, H, W), in [0, 1] or uint8, to `path`, pixel by pixel, as PNG."""
+    buffer = io.BytesIO()
+    _to_pil(_pixels(torch.as_tensor(image)[None], 1)[0]).save(buffer, "PNG")
+    write_atomic(path, buffer.getvalue())
+
+
 def _with_caption(canvas: np.ndarray, text: str, size: int) -> np.ndarray:
     """The picture with a white strip below that holds the text, centred."""
     from PIL import Image, ImageDraw, ImageFont
@@ -291,6 +298,21 @@ def loss_curve(steps: Any, losses: Any, eval_steps: Any = None, eval_losses: Any
     return figure
 
 
+def score_curve(steps: Any, values: Any, errors: Any, label: str) -> Figure:
+    """A score over the checkpoints of a run, each with its standard error (0 where unknown).
+
+    Shapes: (n,) each. Errors: ValueError for lengths that differ and for no finite value.
+    """
+    figure, axes = _axes("training step", label)
+    e = np.nan_to_num(np.asarray(errors, dtype=float))
+    if len(e) != len(values):
+        raise ValueError(f"errors must be as many as the values ({len(values)}), got {len(e)}")
+    x, y = _curve(steps, values, label)
+    e = e[np.isfinite(np.asarray(values, dtype=float))]
+    axes.errorbar(x, y, yerr=e, color=_BLUE, marker="o", markersize=5, linewidth=1.8, capsize=3)
+    return figure
+
+
 def _curve(steps: Any, values: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
     x, y = vector(steps, "steps"), vector([] if values is None else values, name)
     if len(x) != len(y):
@@ -321,6 +343,13 @@ def histogram(
         axes.axvline(mark, color=_ORANGE, linewidth=2, label=f"{mark_label} {mark:.4g}")
         axes.legend(frameon=False)
     return figure
+
+
+def write_npz(path: PathLike, arrays: dict[str, Any], *, compress: bool = True) -> None:
+    """Write arrays to the .npz at `path`, whole or not at all."""
+    buffer = io.BytesIO()
+    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
+    write_atomic(path, buffer.getvalue())
 
 
 def write_atomic(path: PathLike, data: bytes) -> None:

@@ -21,6 +21,7 @@ from visualize import (
     histogram,
     image_grid,
     loss_curve,
+    score_curve,
     side_by_side,
     vector,
     write_atomic,
@@ -60,6 +61,7 @@ figcaption { color: var(--quiet); font-size: .92rem; margin: 12px 0 0; max-width
 table { border-collapse: collapse; width: 100%; }
 caption { caption-side: bottom; text-align: left; color: var(--quiet); font-size: .92rem;
   padding: 10px 0; }
+td { overflow-wrap: anywhere; } td:first-child { white-space: nowrap; }
 th, td { text-align: left; padding: 10px 12px 10px 0; vertical-align: top;
   border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; } th { font-weight: 600; }
@@ -218,6 +220,24 @@ class Report:
 
 
 _METRICS = {
+    "fid": (
+        "FID",
+        "Fréchet distance to the reference in feature space; lower is better. Values of other "
+        "numbers of samples, extractors or references are not comparable: see the protocol.",
+    ),
+    "kid": (
+        "KID",
+        "Kernel distance to the reference in feature space, unbiased: 0 for a perfect model.",
+    ),
+    "is": (
+        "Inception Score",
+        "How surely and how variedly the samples are classified, all together; higher is better.",
+    ),
+    "is_splits": ("Inception Score over ten splits", "The older custom."),
+    "precision": ("Precision", "Share of samples that lie among the reference images."),
+    "recall": ("Recall", "Share of reference images that lie among the samples."),
+    "density": ("Density", "How densely the samples lie among the reference images; 1 is best."),
+    "coverage": ("Coverage", "Share of reference images with a sample in their neighbourhood."),
     "frechet_distance_pixels": (
         "Fréchet distance, pixels",
         (
@@ -264,13 +284,17 @@ _METRICS = {
 }
 
 
+#: Ends of the names of numbers that say how others came to be: in the JSON, not in the report.
+_DETAILS = ("_se", "_std", "_num_samples", "_num_reference", "_num_splits", "_subset_size")
+
+
 def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
     """Metrics as rows of Report.numbers: `key_se` is the error of `key`; unknown keys come last."""
     known = [(key, *_METRICS[key]) for key in _METRICS if key in metrics]
     other = [
         (key, key, "")
         for key, value in metrics.items()
-        if key not in _METRICS and isinstance(value, numbers.Real) and not key.endswith("_se")
+        if key not in _METRICS and isinstance(value, numbers.Real) and not key.endswith(_DETAILS)
     ]
     return [
         (name, metrics[key], metrics.get(f"{key}_se"), note) for key, name, note in known + other
@@ -323,6 +347,8 @@ def write_report(
     bpd: Any = None,
     metrics: Mapping[str, Any] | None = None,
     rows: Sequence[Row] = (),
+    curves: Mapping[str, tuple[Any, Any, Any]] | None = None,
+    protocol: Sequence[tuple[str, str]] = (),
     max_images: int = 64,
     max_pairs: int = 24,
     max_frames: int = 48,
@@ -336,6 +362,8 @@ def write_report(
     - frames: pairs (t, images) of the sampling of a few samples, thinned to `max_frames`.
     - metrics: the dict of evaluation.low_dimensional_metrics, or any names and numbers.
     - rows: further rows of the table of numbers, as in Report.numbers; they come first.
+    - curves: scores over checkpoints by name, each steps, values and standard errors.
+    - protocol: (what, how) of these numbers.
     - config_text: shown folded.
 
     Errors: ValueError where a part has the wrong shape; nothing is written then.
@@ -359,16 +387,21 @@ def write_report(
             "Values outside [0, 1] are shown as black or white.",
             "Sampling",
         )
-    curves = " and ".join(
+    heading = " and ".join(
         name for name, part in (("training", loss_history), ("likelihood", bpd)) if part is not None
     ).capitalize()
     if loss_history is not None:
-        report.figure(loss_curve(**loss_history), "Loss over training.", curves)
+        report.figure(loss_curve(**loss_history), "Loss over training.", heading)
     if bpd is not None:
         report.figure(
             histogram(bpd, "bits/dim", table[len(rows)][1]),
             "Bits per dimension of held-out images, one value per image.",
-            curves,
+            heading,
+        )
+    for name, (steps, values, errors) in (curves or {}).items():
+        figure = score_curve(steps, values, errors, name)
+        report.figure(
+            figure, f"{name} of the checkpoints that were evaluated alike.", "Over checkpoints"
         )
     if train_neighbors is not None and samples is not None:
         report.figure(
@@ -380,6 +413,8 @@ def write_report(
             "Nearest training images",
             wide=True,
         )
+    if protocol:
+        report.table(("What", "How"), protocol, section="Protocol")
     if config_text is not None:
-        report.details("Configuration", config_text)
+        report.details("Configuration", config_text, "Protocol" if protocol else "")
     report.save(path)

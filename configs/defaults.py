@@ -33,7 +33,8 @@ def get_default_configs() -> Any:
 
 def _training() -> dict:
     return {
-        # name of the forward process: 'vesde', 'vpsde', 'subvpsde', or a registered one
+        # name of the forward process: 'vesde', 'vpsde', 'subvpsde', 'cosine', 'edm', 'linear_ve',
+        # 'rectified_flow', 'ouve', or a registered one
         "sde": "vesde",
         # train on continuous times (True) or on the num_scales discrete ones (False)
         "continuous": True,
@@ -45,8 +46,11 @@ def _training() -> dict:
         "snapshot_freq": 50000,
         # steps between two log lines
         "log_freq": 50,
-        # steps between two losses on a held-out batch
+        # steps between two losses on held-out images
         "eval_freq": 100,
+        # images in that loss, always the same under the same noise; 0 = all. At snapshots the
+        # loss on all of them is logged as well
+        "eval_images": 1024,
         # steps between two saves of the resume checkpoint
         "snapshot_freq_for_preemption": 10000,
         # draw samples at each snapshot
@@ -55,17 +59,52 @@ def _training() -> dict:
         "num_snapshot_samples": 0,
         # weight the loss by g(t)^2 (a bound on the likelihood) rather than by sigma(t)^2
         "likelihood_weighting": False,
+        # another weight, for continuous times: 'dsm', 'likelihood', 'edm', 'min_snr', or an output
+        # such as 'noise', 'v' or 'velocity' for its squared error; '' = the one above
+        "weighting": "",
+        # the signal-to-noise ratio above which 'min_snr' stops weighting higher
+        "min_snr_gamma": 5.0,
         # mean over the numbers of a sample (True) or half their sum (False)
         "reduce_mean": False,
         # smallest time that training draws
         "eps": 1e-5,
+        # distribution of the times: 'uniform', 'likelihood' (uniform in log-SNR, divided out of the
+        # loss), 'lognormal' (of sigma/alpha; EDM), 'logitnormal' (of t/T), or a registered one
+        "time_sampler": "uniform",
+        # spread the times of a batch evenly over their distribution
+        "stratified": False,
+        # mean and standard deviation of 'lognormal' and 'logitnormal'; time_std 0.0 = the published
+        # ones, -1.2 and 1.2 for 'lognormal', 0 and 1 for 'logitnormal'
+        "time_mean": 0.0,
+        "time_std": 0.0,
+        # the time below which the density of 'likelihood' is constant
+        "truncate": 0.0,
+        # train parameters that the loss does not depend on at some steps, in several processes
+        "find_unused_parameters": False,
+        # go on in a workdir of other settings
+        "force_workdir": False,
         # steps with a non-finite loss, each skipped, before the run stops with an error
         "max_nonfinite": 100,
+        # 'fp32', 'tf32' (GPUs), 'bf16' (the network's products; all else in float32), or '' for
+        # torch's own settings
+        "precision": "fp32",
+        # micro-batches that each process cuts its batch into: less memory, the same gradient
+        "grad_accumulation": 1,
+        # steps between two snapshots of the ema_profiles, for averages of any width; 0 = none
+        "posthoc_freq": 0,
+        # keep convolutions in channels-last memory: faster, the same numbers to rounding
+        "channels_last": True,
+        # compile the network: faster on GPUs, after half a minute or more
+        "compile": False,
+        # recompute activations in the backward pass: less than half the memory, a third more time
+        "activation_checkpointing": False,
     }
 
 
 def _sampling() -> dict:
     return {
+        # the process to sample on, which may differ from that of the training; '' = the same
+        "sde": "",
         # 'pc' (predictor-corrector), 'ode', or another registered sampler
         "method": "pc",
         # name of the predictor; 'none' for corrector-only sampling
@@ -84,8 +123,13 @@ def _sampling() -> dict:
         "steps": 0,
         # spacing of the grid: 'uniform', 'quadratic', 'logsnr' or 'karras'
         "schedule": "uniform",
+        # rho of 'karras': larger puts more times near the data
+        "rho": 7.0,
         # time at which sampling ends; 0.0 = the SDE's own default
         "eps": 0.0,
+        # keyword options of the predictor, or of the method where it is not 'pc': any keys, checked
+        # by what takes them (on the command line, --config.sampling.solver="{'order': 3}")
+        "solver": {},
     }
 
 
@@ -117,25 +161,44 @@ def _eval() -> dict:
         "atol": 1e-5,
         # trace estimator of the likelihood: 'Rademacher', 'Gaussian' or another known one
         "hutchinson_type": "Rademacher",
+        # seconds to wait for the next checkpoint of the range; 0 = take those that are there
+        "wait_s": 0,
+        # draw each sample from a seed of its own, the same for any batch size and number of
+        # processes. False: a seed per batch, for predictors that draw their own noise
+        "seed_per_sample": True,
+        # metrics of features: 'fid', 'kid', 'is' and 'prdc' (precision, recall, density, coverage);
+        # () = none, distances on pixels alone, where they are few
+        "metrics": (),
+        # what the metrics see: 'legacy_tensorflow' (the paper's Inception), 'clean',
+        # 'legacy_pytorch', 'pixels' (toy data), or a registered one
+        "extractor": "legacy_tensorflow",
+        # file of the extractor's weights; '' = none
+        "inception_path": "",
+        # let clean-fid download Inception's weights where there are none
+        "download_inception": False,
+        # reference statistics (.npz); '' = assets/stats/<data>_<size>_<extractor>.npz
+        "stats": "",
+        # features that --mode stats keeps in them for 'kid' and 'prdc', of images drawn by a seed
+        "stats_features": 10000,
     }
 
 
 def _data() -> dict:
     return {
         # 'CIFAR10', 'SVHN', 'MNIST', 'FashionMNIST', 'CELEBA', 'digits' (scikit-learn's 8x8) or
-        # 'folder' ('LSUN', 'FFHQ' and 'CelebAHQ' are read as folders too)
+        # 'folder' ('LSUN', 'FFHQ' and 'CelebAHQ' are read as folders, .zips or lmdbs too)
         "dataset": "CIFAR10",
         # where the named data sets are looked for and downloaded to
         "root": "~/data",
         # download a named data set that is missing
         "download": False,
-        # the folder or .zip of images; '' = none
+        # the folder, .zip or lmdb of images; '' = none
         "path": "",
-        # a second folder or .zip, for evaluation; '' = split path
+        # a second one, for evaluation; '' = split path
         "eval_path": "",
         # part of path held out for evaluation where nothing else says which
         "eval_fraction": 0.1,
-        # the scene of LSUN, a sub-folder of path when there is one
+        # the scene of LSUN: path may hold SCENE_train_lmdb and SCENE_val_lmdb, or a folder SCENE
         "category": "",
         # the original's TFRecord file: never opened, named in the error that says what to do
         "tfrecords_path": "",
@@ -151,6 +214,11 @@ def _data() -> dict:
         "random_flip": True,
         # add uniform dequantisation noise to training images
         "uniform_dequantization": False,
+        # images of a path are decoded once and kept where they take at most so many GiB
+        "memory_gib": 2.0,
+        # processes that decode other images batch by batch; -1 = one per spare core, at most 8;
+        # 0 = threads of the process that trains
+        "workers": -1,
     }
 
 
@@ -158,11 +226,21 @@ def _model() -> dict:
     return {
         # name of a registered network
         "name": "ncsnpp",
-        # what the output means; '' = as score_sde does for this SDE
+        # what the output means: 'score', 'noise', 'data', 'v', 'velocity', 'drift' or
+        # 'preconditioned' (EDM's F); '' = as score_sde does for this SDE
         "parametrization": "",
-        # smallest and largest noise level of the VE SDE
+        # what the network is told of the time, with a parametrization: 't*999', 't', 'sigma',
+        # 'lambda' or 'log_sigma/4'; '' = 'log_sigma/4' for 'preconditioned', else 't*999'
+        "time_input": "",
+        # standard deviation of the data that 'preconditioned' expects
+        "sigma_data": 0.5,
+        # smallest and largest noise level of 'vesde', 'edm', 'linear_ve' and 'ouve'
         "sigma_min": 0.01,
         "sigma_max": 50.0,
+        # exponent of the noise levels of 'edm'
+        "rho": 7.0,
+        # stiffness of the pull of 'ouve' towards the observation
+        "theta": 1.5,
         # beta(0) and beta(1) of the VP and sub-VP SDEs
         "beta_min": 0.1,
         "beta_max": 20.0,
@@ -170,6 +248,10 @@ def _model() -> dict:
         "num_scales": 1000,
         # decay of the moving average of the weights; 0 = no averaging
         "ema_rate": 0.999,
+        # decays of further averages, kept up beside it
+        "ema_rates": (),
+        # relative widths of power-function averages, such as (0.05, 0.1); () = none
+        "ema_profiles": (),
         # dropout rate
         "dropout": 0.1,
         # time embedding: 'fourier' (of log sigma) or 'positional'
@@ -218,17 +300,21 @@ def _model() -> dict:
 
 def _optim() -> dict:
     return {
-        # name of the optimizer
+        # 'Adam' or 'AdamW'
         "optimizer": "Adam",
         # learning rate after the warm-up
         "lr": 2e-4,
         # Adam's first-moment decay and denominator offset
         "beta1": 0.9,
         "eps": 1e-8,
-        # L2 penalty
+        # Adam's second-moment decay
+        "beta2": 0.999,
+        # L2 penalty with Adam, decay of the weights themselves with AdamW
         "weight_decay": 0.0,
         # steps over which the learning rate rises linearly; 0 = none
         "warmup": 5000,
+        # what it does afterwards: 'constant', 'cosine' (to zero at n_iters) or 'inverse_sqrt'
+        "schedule": "constant",
         # largest norm of the gradient; negative = no clipping
         "grad_clip": 1.0,
     }

@@ -27,6 +27,22 @@ NEVER_READ = {
     "training.loss": "vesde",
 }
 
+# Processes that score_sde lacks: their networks are told of the time as VP's are, by a number that
+# runs evenly from 0 to 1, so that VP's defaults fit them.
+_UNIT_TIME = ("cosine", "edm", "linear_ve", "rectified_flow", "ouve")
+
+# Processes whose noise levels are sigma_min to sigma_max.
+_WITH_SIGMAS = {"vesde", "edm", "linear_ve", "ouve"}
+
+# Tuples whose entries need not be whole.
+_NUMBERS = ("model.fir_kernel", "model.ema_rates", "model.ema_profiles")
+
+# Tuples of names.
+_NAMES = ("eval.metrics",)
+
+# Sections of any keys.
+FREE = ("extra.", "sampling.solver.")
+
 _Range = tuple[str, Callable[[Any], bool]]
 _AT_LEAST_1: _Range = ("a number >= 1", lambda v: v >= 1)
 _AT_LEAST_0: _Range = ("a number >= 0", lambda v: v >= 0)
@@ -43,15 +59,27 @@ _RANGES: dict[str, _Range] = {
     "training.snapshot_freq": _AT_LEAST_1,
     "training.log_freq": _AT_LEAST_1,
     "training.eval_freq": _AT_LEAST_1,
+    "training.eval_images": _AT_LEAST_0,
     "training.snapshot_freq_for_preemption": _AT_LEAST_1,
     "training.num_snapshot_samples": _AT_LEAST_0,
     "training.eps": _POSITIVE,
+    "training.time_sampler": _NAME,
+    "training.time_std": _AT_LEAST_0,
+    "training.truncate": _AT_LEAST_0,
     "training.max_nonfinite": _AT_LEAST_0,
+    "training.min_snr_gamma": _POSITIVE,
+    "training.precision": (
+        "'fp32', 'tf32', 'bf16' or ''",
+        lambda v: v in ("fp32", "tf32", "bf16", ""),
+    ),
+    "training.grad_accumulation": _AT_LEAST_1,
+    "training.posthoc_freq": _AT_LEAST_0,
     "sampling.method": _NAME,
     "sampling.n_steps_each": _AT_LEAST_0,
     "sampling.snr": _AT_LEAST_0,
     "sampling.steps": _AT_LEAST_0,
     "sampling.eps": _AT_LEAST_0,
+    "sampling.rho": _POSITIVE,
     "eval.begin_ckpt": _CHECKPOINT,
     "eval.end_ckpt": _CHECKPOINT,
     "eval.batch_size": _AT_LEAST_1,
@@ -59,19 +87,32 @@ _RANGES: dict[str, _Range] = {
     "eval.bpd_dataset": ("'train' or 'test'", lambda v: v.lower() in ("train", "test")),
     "eval.bpd_repeats": _AT_LEAST_0,
     "eval.bpd_num_images": _AT_LEAST_0,
+    "eval.wait_s": _AT_LEAST_0,
+    "eval.extractor": _NAME,
+    "eval.stats_features": _AT_LEAST_0,
     "eval.rtol": _POSITIVE,
     "eval.atol": _POSITIVE,
     "data.eval_fraction": ("a number in (0, 1)", lambda v: 0 < v < 1),
     "data.image_size": _AT_LEAST_1,
     "data.num_channels": _AT_LEAST_1,
     "data.levels": ("an integer in 2 ... 256", lambda v: 2 <= v <= 256),
+    "data.memory_gib": _AT_LEAST_0,
+    "data.workers": ("a number of processes, or -1 for as many as pay", lambda v: v >= -1),
     "model.name": _NAME,
+    "model.sigma_data": _POSITIVE,
+    "model.rho": _POSITIVE,
+    "model.theta": _POSITIVE,
     "model.sigma_min": _POSITIVE,
     "model.sigma_max": _POSITIVE,
     "model.beta_min": _AT_LEAST_0,
     "model.beta_max": _POSITIVE,
     "model.num_scales": _AT_LEAST_1,
     "model.ema_rate": _BELOW_1,
+    "model.ema_rates": ("numbers in [0, 1)", lambda v: all(0 <= r < 1 for r in v)),
+    "model.ema_profiles": (
+        "widths in (0, 0.2887), 1/sqrt(12) being the plain mean",
+        lambda v: all(0 < s < 12**-0.5 for s in v),
+    ),
     "model.dropout": _BELOW_1,
     "model.num_classes": _AT_LEAST_0,
     "model.label_dropout": _BELOW_1,
@@ -84,7 +125,12 @@ _RANGES: dict[str, _Range] = {
     "optim.optimizer": _NAME,
     "optim.lr": _POSITIVE,
     "optim.beta1": _BELOW_1,
+    "optim.beta2": _BELOW_1,
     "optim.eps": _POSITIVE,
+    "optim.schedule": (
+        "'constant', 'cosine' or 'inverse_sqrt'",
+        lambda v: v in ("constant", "cosine", "inverse_sqrt"),
+    ),
     "optim.weight_decay": _AT_LEAST_0,
     "optim.warmup": _AT_LEAST_0,
 }
@@ -95,10 +141,10 @@ def complete(config: Any) -> Any:
 
     ``config`` is a ConfigDict, a mapping or a namespace, with sections of any of these kinds and
     any of the known keys. A key that is missing or None takes its default, which is that of the
-    VP family where ``training.sde`` is 'vpsde' or 'subvpsde' and of the VE family elsewhere. The
-    keys of ``ALIASES`` stand for others. Those of ``NEVER_READ`` are accepted with their published
-    value; those of ``extra`` are the user's own. ``device`` becomes a torch.device. Completing
-    twice changes nothing.
+    VP family where ``training.sde`` is 'vpsde', 'subvpsde' or one of the processes that score_sde
+    lacks, and of the VE family elsewhere. The keys of ``ALIASES`` stand for others. Those of
+    ``NEVER_READ`` are accepted with their published value; those of ``FREE`` are the user's own.
+    ``device`` becomes a torch.device. Completing twice changes nothing.
 
     Raises ValueError for an unknown key (naming the nearest one), for a value of the wrong type or
     out of range, and for a never-read key that asks for something else than what is published.
@@ -111,7 +157,7 @@ def complete(config: Any) -> Any:
             _check_never_read(key, value)
         elif key in known:
             value = _cast(key, value, known[key])
-        elif not key.startswith("extra."):
+        elif not key.startswith(FREE):
             raise ValueError(_unknown(key, list(known)))
         _assign(result, key, value)
     _check_ranges(dict(flatten(result)), known)
@@ -143,8 +189,11 @@ def _resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
 
 def _defaults_for(given: dict[str, Any]) -> Any:
     config = defaults.get_default_configs()
-    if given.get("training.sde") in ("vpsde", "subvpsde"):
+    sde = given.get("training.sde")
+    if sde in ("vpsde", "subvpsde", *_UNIT_TIME):
         config = families.vp(config)
+    if sde in _UNIT_TIME:  # Euler–Maruyama's first step is large where g is
+        config.sampling.predictor = "reverse_diffusion"
     # Given devices are cast to a torch.device; the default becomes one here.
     return config if "device" in given else families.on_best_device(config)
 
@@ -193,7 +242,7 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     kind = type(default).__name__
     number = not isinstance(value, bool) and isinstance(value, int | float)
     if kind == "tuple":
-        entries = (int, float) if key == "model.fir_kernel" else int
+        entries = _entries(key)[0]
         fits = isinstance(value, list | tuple) and all(
             isinstance(v, entries) and not isinstance(v, bool) for v in value
         )
@@ -205,7 +254,7 @@ def _cast(key: str, value: Any, default: Any) -> Any:
         fits = isinstance(value, type(default))
     if not fits:
         expected = {
-            "tuple": "a tuple of integers",
+            "tuple": f"a tuple of {_entries(key)[1]}",
             "float": "a finite number",
             "int": "an integer",
             "bool": "True or False",
@@ -216,6 +265,13 @@ def _cast(key: str, value: Any, default: Any) -> Any:
             f"the default is {default!r}"
         )
     return type(default)(value)
+
+
+def _entries(key: str) -> tuple[Any, str]:
+    """The type of a tuple's entries, and what they are called."""
+    if key in _NAMES:
+        return str, "names"
+    return ((int, float), "numbers") if key in _NUMBERS else (int, "integers")
 
 
 def _as_device(value: Any) -> Any:
@@ -242,7 +298,7 @@ def _check_ranges(config: dict[str, Any], known: dict[str, Any]) -> None:
                 f"the default is {known[key]!r}"
             )
     ordered = [("model.beta_min", "model.beta_max")]
-    if config["training.sde"].lower() == "vesde":
+    if {config["training.sde"].lower(), config["sampling.sde"].lower()} & _WITH_SIGMAS:
         ordered.append(("model.sigma_min", "model.sigma_max"))
     if min(config["eval.begin_ckpt"], config["eval.end_ckpt"]) >= 0:
         ordered.append(("eval.begin_ckpt", "eval.end_ckpt"))

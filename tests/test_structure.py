@@ -28,6 +28,7 @@ ROOMS = {
     "checkpoints": {"models", "configs"},
     "visualize": set(),
     "run_lib": None,  # every room
+    "benchmarks": None,
     "main": {"run_lib", "checkpoints", "configs"},  # convert needs no run
 }
 

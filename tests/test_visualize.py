@@ -80,6 +80,14 @@ def test_save_grid_writes_the_grid(tmp_path):
         visualize.save_grid(x, tmp_path / "grid")
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_an_image_is_saved_pixel_by_pixel(tmp_path, channels):
+    x = visualize.to_uint8(images(1, channels))[0]
+    visualize.save_image(x, tmp_path / "new" / "x.png")
+    with Image.open(tmp_path / "new" / "x.png") as saved:
+        np.testing.assert_array_equal(np.asarray(saved), x.permute(1, 2, 0).squeeze(-1))
+
+
 def test_side_by_side_pairs_images_with_their_distances():
     left, right = images(6), images(6, seed=1)
     plain = visualize.side_by_side(left, right, ncols=3, scale=4)
@@ -155,6 +163,14 @@ def test_histogram_marks_the_mean_and_counts_finite_values():
     assert len(axes.lines) == 1 and axes.get_xlabel() == "bits/dim"
 
 
+def test_score_curve_has_a_point_and_an_error_bar_per_checkpoint():
+    axes = visualize.score_curve([1, 2, 3], [9.0, np.nan, 4.0], [0.5, 0.1, 0.0], "FID").axes[0]
+    assert axes.get_ylabel() == "FID"
+    np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 3])  # pyright: ignore
+    with pytest.raises(ValueError, match="as many as"):
+        visualize.score_curve([1, 2], [1.0, 2.0], [0.1], "FID")
+
+
 # Report
 
 
@@ -202,6 +218,23 @@ def test_report_is_self_contained_and_has_every_part(tmp_path):
     ):
         assert part in page
     assert '0.512 <span class="error">± 0.021</span>' in page
+
+
+def test_report_shows_scores_over_checkpoints_and_the_protocol(tmp_path):
+    page = full_report(
+        tmp_path / "report.html",
+        curves={"FID": ([1, 2], [9.0, 4.0], [0.5, 0.0])},
+        protocol=[("seeds", "one <per> sample")],
+        metrics={"fid": 4.0, "fid_se": 0.5, "fid_num_samples": 50, "kid_std": 1.5},
+    )
+    for part in (
+        "<h2>Over checkpoints",
+        "<h2>Protocol",
+        "one &lt;per&gt; sample",
+        "not comparable",
+    ):
+        assert part in page
+    assert "fid_num_samples" not in page and "kid_std" not in page
 
 
 @pytest.mark.parametrize(

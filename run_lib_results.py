@@ -1,0 +1,205 @@
+"""What an evaluation writes down: one JSON for each checkpoint, TensorBoard, the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import numbers
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import evaluation
+import visualize_report
+from run_lib_journal import log, plain, read_history, write_json
+from run_lib_metrics import TRAIN_IMAGES, real_images, unit
+
+#: Largest number of numbers an image may have, for its nearest training image to be looked for.
+NEIGHBOR_NUMBERS = 3 * 64 * 64
+#: Curves over checkpoints, by what they are called: where they are in the results.
+_CURVES = {
+    "FID": ("metrics", "fid", "fid_se"),
+    "KID": ("metrics", "kid", "kid_se"),
+    "bits/dim": ("bpd", "mean", "standard_error"),
+    "loss": ("loss", "mean", "standard_error"),
+}
+
+
+class Results:
+    """The results of one checkpoint at `stem`.json, part by part; the main process's files.
+
+    Parts that an earlier evaluation of the same weights left stay until they are replaced.
+    """
+
+    def __init__(self, stem: Path, number: int, step: int, weights: str):
+        self.path = Path(f"{stem}.json")
+        self.content: dict[str, Any] = {
+            "checkpoint": number,
+            "step": step,
+            "weights_sha256": weights,
+            "protocol": {},
+        }
+        if self.path.exists():
+            with contextlib.suppress(ValueError, AttributeError):
+                known = json.loads(self.path.read_text())
+                if known.get("weights_sha256") == weights:
+                    self.content = known
+
+    def keep(self, part: str, protocol: dict[str, Any], **values) -> None:
+        """Write the values of a part, and how they came to be."""
+        self.content.update(values)
+        self.content["protocol"][part] = protocol
+        write_json(self.path, self.content)
+
+
+def to_tensorboard(workdir: Path, results: dict[str, Any], suffix: str) -> None:
+    """The numbers of a checkpoint as scalars eval/… at its step."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(workdir / "tensorboard")) as writer:
+        for part in ("loss", "bpd", "metrics"):
+            for name, value in results.get(part, {}).items():
+                if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                    tag = f"{part}/{name}" if part != "metrics" else name
+                    writer.add_scalar(f"eval{suffix}/{tag}", value, results["step"])
+
+
+def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, frames) -> None:
+    """Write workdir/report.html on all that is known of the checkpoint, and of those before it.
+
+    Args:
+      suffix: of the files, where the data are not those of the training.
+      sets: the training and the evaluation images; None where they are not there.
+      frames: of the sampling of some samples, or None.
+    """
+    samples = neighbors = real = bpd = None
+    if "bpd" in results:
+        bpd = np.load(f"{stem}_bpd.npz")["bpd"].mean(axis=1)
+    if "sampling" in results:
+        first = np.load(f"{stem}_samples.npz")["samples"][:300]
+        samples = unit(torch.from_numpy(first))
+        if sets is not None:
+            real = real_images(sets[1], 64)
+            if samples[0].numel() <= NEIGHBOR_NUMBERS:
+                train = real_images(sets[0], TRAIN_IMAGES)
+                distances, indices = evaluation.nearest_neighbors(samples, train)
+                neighbors = (train[indices.flatten()], distances.flatten())
+    path = workdir / f"report{suffix}.html"
+    data = sets[1].name.split("/")[0] if sets is not None else config.data.dataset
+    visualize_report.write_report(
+        path,
+        title=f"{config.training.sde} on {data}",
+        subtitle=f"{workdir.resolve().name}, checkpoint {results['checkpoint']}, "
+        f"step {results['step']:,}",
+        config_text=json.dumps(plain(config), indent=2),
+        samples=samples,
+        real=real,
+        train_neighbors=neighbors,
+        loss_history=read_history(workdir),
+        frames=frames,
+        bpd=bpd,
+        metrics=results.get("metrics"),
+        rows=_rows(results),
+        curves=curves(stem.parent, suffix, results),
+        protocol=protocol_rows(results),
+        max_pairs=96 if config.data.image_size <= 16 else 48,
+    )
+    log.info("results in %s.json, report in %s", stem, path)
+
+
+def _rows(results) -> list[visualize_report.Row]:
+    loss = results.get("loss")
+    if not loss:
+        return []
+    note = f"Mean over {loss['images']:,} held-out images, under fixed times and noise."
+    return [("Loss", loss["mean"], loss.get("standard_error"), note)]
+
+
+def curves(folder: Path, suffix: str, results) -> dict[str, tuple[list, list, list]]:
+    """Scores over the checkpoints evaluated in `folder`, by name: steps, values, errors; of those
+    that came about as `results` did. Names that fewer than two checkpoints have are left out."""
+    known = []
+    for path in folder.glob(f"ckpt_*{suffix}.json"):
+        if path.stem.removeprefix("ckpt_").removesuffix(suffix).isdigit():
+            with contextlib.suppress(ValueError):
+                known.append(json.loads(path.read_text()))
+    known.sort(key=lambda r: r.get("step", 0))
+    found = {}
+    for name, (part, value, error) in _CURVES.items():
+        rows = [
+            (r["step"], r[part][value], r[part].get(error) or 0.0)
+            for r in known
+            if r.get(part, {}).get(value) is not None and _how(r, part) == _how(results, part)
+        ]
+        if len(rows) > 1:
+            found[name] = tuple(list(column) for column in zip(*rows))
+    return found
+
+
+def _how(results: dict[str, Any], part: str) -> Any:
+    """What two checkpoints must have in common for their numbers to be compared."""
+    if part != "metrics":
+        outcome = ("mean", "standard_error", "evaluations_per_batch")
+        return {key: v for key, v in results.get(part, {}).items() if key not in outcome}
+    features = results["protocol"].get("sampling", {}).get("features", {})
+    extractor, reference = features.get("extractor", {}), features.get("reference", {})
+    return (
+        {key: v for key, v in results.get("sampling", {}).items() if key != "evaluations"},
+        [extractor.get(key) for key in ("extractor", "weights_sha256", "resize")],
+        reference.get("sha256"),
+    )
+
+
+def protocol_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """The protocol, as a reader of the report wants it: what, and how."""
+    protocol, rows = results["protocol"], [("weights", _weights(results))]
+    if "sampling" in results:
+        rows += _sampling_rows(results["sampling"])
+    features = protocol.get("sampling", {}).get("features")
+    if features:
+        extractor, reference = features["extractor"], features["reference"]
+        origin = reference["protocol"].get("split", "unknown origin")
+        told = ", ".join(map(str, features["metrics"]))
+        rows += [
+            ("feature metrics", f"{told}; docs/evaluation.md says how"),
+            ("features", f"{extractor['extractor']}, resize: {extractor.get('resize', '?')}"),
+            ("extractor's weights", f"SHA-256 {extractor['weights_sha256'] or 'not known'}"),
+            ("reference", f"{reference['n'] or 'unknown number of'} images of "
+             f"{origin}; {Path(reference['file']).name}"),
+            ("reference statistics", f"SHA-256 {reference['sha256']}"),
+        ]  # fmt: skip
+    if "bpd" in results:
+        b = results["bpd"]
+        rows += [
+            ("bits/dim", f"{b['images']:,} images of {b['dataset']}, {b['repeats']} repeats, "
+             f"{b['dequantization']} dequantisation of {b['levels']} levels"),
+            ("likelihood", f"{b['trace_estimator']} probe, rtol {b['rtol']:g}, atol {b['atol']:g}, "
+             f"eps {b['eps']:g}, {b['evaluations_per_batch']:.0f} evaluations"),
+        ]  # fmt: skip
+    last = list(protocol.values())[-1] if protocol else {}
+    versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
+    return [*rows, ("seed", str(last.get("seed"))), ("versions", versions)]
+
+
+def _weights(results) -> str:
+    digest = results["weights_sha256"]
+    return f"exponential moving average of checkpoint {results['checkpoint']}, SHA-256 {digest}"
+
+
+def _sampling_rows(s: dict[str, Any]) -> list[tuple[str, str]]:
+    method = s["method"]
+    if method == "pc":
+        method = f"predictor {s['predictor']}, corrector {s['corrector']}"
+        method += f" (snr {s['snr']:g}, {s['n_steps_each']} steps)" * (s["corrector"] != "none")
+        method += f", {s['schedule']} grid"
+    if s["solver"]:
+        method += f", {s['solver']}"
+    return [
+        ("samples", f"{s['images']:,}"),
+        ("sampler", f"{method}, {s['evaluations']:g} evaluations of the network a sample"),
+        ("sampling ends at", f"t = {s['eps']:g}, "
+         + ("the mean of the last step" if s["noise_removal"] else "with the last step's noise")),
+        ("seeds", s["seeds"]),
+    ]  # fmt: skip

@@ -1,0 +1,343 @@
+"""Samples of a run by number: what a network is told, how they are drawn; the mode `sample`."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import data_lib
+import distributed
+import sampling
+import sde_lib
+import visualize
+from evaluation_features import as_bytes
+from models.utils import get_score_fn, unwrap
+from parametrization import on_process
+from randomness import seed_for
+from run_lib_checks import check_same_experiment, check_writable
+from run_lib_journal import log, logging_to, plain, progress_bar
+from run_lib_shards import name_of
+from run_lib_state import (
+    complete_here,
+    create_state,
+    find_checkpoints,
+    load_averages,
+)
+
+#: Samples whose way from noise is kept for the report's animation, and the number of frames.
+ANIMATED, FRAMES = 16, 40
+
+
+def sampling_eps(config, sde) -> float:
+    """Where sampling ends: `config.sampling.eps`, or the process's own default where it is 0."""
+    return config.sampling.eps or sde.sampling_eps
+
+
+def image_shape(config, n: int) -> tuple[int, int, int, int]:
+    """The shape of n images."""
+    size = config.data.image_size
+    return n, config.data.num_channels, size, size
+
+
+def conditions(config, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """What a class-conditional network is told of images with these labels; nothing for others.
+
+    Raises: ValueError where the network wants classes and the images have none, or more.
+    """
+    classes = config.model.num_classes
+    if not classes:
+        return {}
+    if labels is None or int(labels.max()) >= classes:
+        found = "no labels" if labels is None else f"label {int(labels.max())}"
+        raise ValueError(
+            f"model.num_classes={classes} needs labels 0 to {classes - 1}, and the images have "
+            f"{found}; use a data set with classes (folders), or --config.model.num_classes=0"
+        )
+    return {"y": labels.to(config.device)}
+
+
+def every_class(config, n: int) -> torch.Tensor | None:
+    """Labels 0, 1, … in turn for n samples of a class-conditional network."""
+    return torch.arange(n) % config.model.num_classes if config.model.num_classes else None
+
+
+def conditioned(config, sde, model, known: dict[str, torch.Tensor]):
+    """The network, told what is known of the images, for samplers and likelihoods."""
+    if not known:
+        return model
+    score_fn = get_score_fn(sde, model, train=False, continuous=config.training.continuous)
+    return score_fn.with_conditions(**known)
+
+
+# --- samples by number ----------------------------------------------------------------------
+
+
+class Sampler:
+    """Samples by number: sample i is a function of the weights, `config` and i.
+
+    With a seed per sample (`eval.seed_per_sample`) it is the same at any batch size and number of
+    processes. Where the sampler refuses such seeds (Langevin steps on fewer than 768 numbers, a
+    sampler without `seeds=`), or they are switched off, a batch of `eval.batch_size` has a seed,
+    and `by_batch` is True: batches must begin at multiples of it.
+
+    Args:
+      label: of all samples of a class-conditional network; -1 = every class in turn.
+
+    Raises: ValueError, now, for what cannot be sampled.
+    """
+
+    def __init__(self, config, sde, model, label: int = -1):
+        self.config, self.sde, self.model, self.label = config, sde, model, label
+        self.process = sde_lib.sampling_process(config, sde)
+        self.eps = sampling_eps(config, self.process)
+        self.inverse_scaler = data_lib.get_data_inverse_scaler(config)
+        self.frames: list[tuple[float, torch.Tensor]] = []
+        classes = config.model.num_classes
+        if label >= max(classes, 0) or label < -1:
+            raise ValueError(
+                f"expected a class label from 0 to {classes - 1}, or -1 for every class in turn, "
+                f"got {label}"
+                if classes
+                else f"got class label {label}, and the network takes none"
+            )
+        self.why_by_batch = self._why_by_batch()
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether a batch, not a sample, has a seed."""
+        return bool(self.why_by_batch)
+
+    def _why_by_batch(self) -> str:
+        self._sampling_fn(1, None, None)  # what fails without seeds fails for another reason
+        if not self.config.eval.seed_per_sample:
+            return "eval.seed_per_sample is off"
+        try:
+            self._sampling_fn(1, [0], None)
+        except (ValueError, TypeError) as error:
+            return str(error)
+        return ""
+
+    def _sampling_fn(self, n: int, seeds: list[int] | None, callback):
+        options: dict[str, Any] = {"callback": callback, "progress": distributed.is_main()}
+        if seeds is not None:
+            options["seeds"] = seeds
+        shape = image_shape(self.config, n)
+        return sampling.get_sampling_fn(
+            self.config, self.process, shape, self.inverse_scaler, self.eps, **options
+        )
+
+    def __call__(self, places: range) -> tuple[torch.Tensor, int]:
+        """The samples with these numbers, uint8 (n, C, H, W) of 256 levels, and the evaluations.
+
+        The batch that begins with sample 0 leaves `frames` of its first samples.
+        """
+        seed, n = self.config.seed, len(places)
+        known = conditions(self.config, self.labels(places))
+        callback = self._keep_frames() if places.start == 0 else None
+        seeds = None if self.by_batch else [seed_for(seed, "sample", i) for i in places]
+        torch.manual_seed(seed_for(seed, "sample", places.start))
+        samples, evaluations = self._sampling_fn(n, seeds, callback)(self.told(known))
+        levels = data_lib.quantize(samples, self.config).cpu()
+        return as_bytes(levels, self.config.data.levels), int(evaluations)
+
+    def labels(self, places: range) -> torch.Tensor | None:
+        """The class labels of these samples; None for a network that takes none."""
+        if not self.config.model.num_classes:
+            return None
+        if self.label >= 0:
+            return torch.full((len(places),), self.label)
+        return torch.arange(places.start, places.stop) % self.config.model.num_classes
+
+    def told(self, known: dict[str, torch.Tensor]):
+        """The network on the process of the sampling, told what is known of the samples."""
+        if self.process is self.sde:
+            return conditioned(self.config, self.sde, self.model, known)
+        continuous = self.config.training.continuous
+        score_fn = get_score_fn(self.sde, self.model, train=False, continuous=continuous)
+        moved = on_process(score_fn, self.process, eps=self.config.training.eps)
+        return moved.with_conditions(**known) if known else moved
+
+    def _keep_frames(self):
+        """A callback that keeps about FRAMES states of the first samples, evenly over the steps."""
+        s, self.frames = self.config.sampling, []
+        steps = s.steps or self.process.N
+        every = max(steps // FRAMES, 1) if s.method == "pc" else 1
+
+        def callback(i, t, x, x_mean):
+            if i % every == 0 or i == steps - 1:
+                state = x_mean if i == steps - 1 else x
+                self.frames.append((float(t), self.inverse_scaler(state[:ANIMATED]).cpu()))
+            if len(self.frames) > 4 * FRAMES:  # of a sampler that sets its own steps
+                del self.frames[1::2]
+
+        return callback
+
+    def made_by(self, weights: str) -> dict[str, Any]:
+        """All that the samples of these weights depend on, and not on how many there are."""
+        config = self.config
+        content: dict[str, Any] = {
+            "weights": weights,
+            "config": _sections(config, ("model", "sampling")),
+            "training": [config.training.sde, config.training.continuous, config.training.eps],
+            "data": _pixels(config),
+            "seed": config.seed,
+            "label": self.label,
+            "eps": self.eps,
+            "device": config.device.type,
+            "code": code_of(self.sde, self.process, unwrap(self.model), *self._steppers()),
+        }
+        if self.by_batch:
+            content["batch"] = [config.eval.batch_size, config.eval.num_samples]
+        return content
+
+    def _steppers(self) -> list[Any]:
+        s = self.config.sampling
+        if s.method != "pc":
+            return [sampling.get_sampler(s.method.lower())]
+        return [sampling.get_predictor(s.predictor.lower()), sampling.get_corrector(s.corrector)]
+
+    def protocol(self) -> dict[str, Any]:
+        """How the samples are drawn, for a reader of the results."""
+        rule = "one per sample: seed_for(config.seed, 'sample', i)"
+        if self.by_batch:
+            rule = f"one per batch of {self.config.eval.batch_size}: {self.why_by_batch}"
+        about = {"process": type(self.process).__name__, "eps": self.eps, "seeds": rule}
+        if self.config.model.num_classes:
+            about["labels"] = "every class in turn" if self.label < 0 else self.label
+        return {**plain(self.config)["sampling"], **about}
+
+
+def _sections(config, names: tuple[str, ...]) -> dict[str, Any]:
+    everything = plain(config)
+    return {name: everything[name] for name in names}
+
+
+def _pixels(config) -> dict[str, Any]:
+    names = ("image_size", "num_channels", "levels", "centered", "uniform_dequantization")
+    return {name: config.data[name] for name in names}
+
+
+def code_of(*things: Any) -> str:
+    """A hash of the modules that define these classes, functions, or classes of objects."""
+    text = {}
+    for thing in things:
+        thing = getattr(thing, "func", thing)
+        owner = thing if inspect.isclass(thing) or inspect.isfunction(thing) else type(thing)
+        module = sys.modules.get(owner.__module__)
+        with contextlib.suppress(OSError, TypeError):
+            text[owner.__module__] = inspect.getsource(module) if module else ""
+    return name_of(text)
+
+
+# --- the mode `sample` ----------------------------------------------------------------------
+
+
+def sample(
+    config,
+    workdir,
+    output: str | Path = "",
+    *,
+    num: int = 64,
+    first: int = 0,
+    checkpoint: int = -1,
+    label: int = -1,
+) -> Path:
+    """Draw samples first to first + num − 1 from a checkpoint, with its averaged weights.
+
+    They are the samples that an evaluation with this `config.seed` draws under these numbers.
+
+    Args:
+      output: a path that ends in .npz for one array (`samples`, uint8 (n, C, H, W), with `numbers`
+        and, of class-conditional networks, `labels`); in .png or another image extension for one
+        grid; else a folder for a PNG file of each sample. By default workdir/samples/ckpt_<k>.
+      checkpoint: its number; -1 is the newest.
+      label: of all samples; -1 = every class in turn.
+
+    Returns: the path that was written.
+    """
+    with distributed.process_group():
+        with distributed.together():
+            config, workdir = complete_here(config), Path(workdir)
+            config.eval.begin_ckpt = config.eval.end_ckpt = checkpoint
+            number = find_checkpoints(config, workdir)[-1]
+            path = Path(output or workdir / "samples" / f"ckpt_{number}").expanduser()
+            write = _writer(path)
+            if num < 1 or first < 0:
+                raise ValueError(f"expected num ≥ 1 and first ≥ 0, got {num} and {first}")
+            if distributed.is_main():
+                check_writable(path if write is _write_files else path.parent)
+                check_same_experiment(config, workdir, training=False)
+            sde, state = sde_lib.get_sde(config), create_state(config)
+            draw = Sampler(config, sde, state["model"], label)
+            load_averages(config, workdir, number, state)
+        with logging_to(workdir / "samples" / "log.txt"):
+            log.info("%d samples of checkpoint %d, step %d", num, number, state["step"])
+            if draw.by_batch:
+                log.info("a seed per batch, not per sample: %s", draw.why_by_batch)
+            parts = _draw(draw, range(first, first + num), path, write)
+            if distributed.is_main():
+                if write is not _write_files:
+                    write(path, *parts, draw.labels(range(first, first + num)))
+                log.info("samples in %s", path)
+        distributed.barrier()
+    return path
+
+
+def _draw(draw: Sampler, numbers: range, path: Path, write: Callable):
+    """The samples of all processes and their numbers; of files, which are written, none."""
+    size = draw.config.eval.batch_size
+    starts = range(numbers.start, numbers.stop, size)
+    share = distributed.share(len(starts) if draw.by_batch else len(numbers))
+    if draw.by_batch:  # whole batches
+        mine = numbers[share.start * size : share.stop * size]
+    else:
+        mine = numbers[share.start : share.stop]
+    kept = [torch.empty(image_shape(draw.config, 0), dtype=torch.uint8)]
+    with progress_bar(len(mine), desc="samples", unit="image", leave=False) as bar:
+        for i in range(0, len(mine), size):
+            places = mine[i : i + size]
+            images, _ = draw(places)
+            if write is _write_files:
+                _write_files(path, images, np.asarray(places))
+            else:
+                kept.append(images)
+            bar.update(len(places))
+    return torch.cat(distributed.gather(torch.cat(kept))), np.asarray(numbers)
+
+
+def _writer(path: Path) -> Callable:
+    from PIL import Image
+
+    if path.suffix.lower() == ".npz":
+        return _write_array
+    if path.suffix.lower() in Image.registered_extensions():
+        return _write_grid
+    if path.is_file():
+        raise ValueError(
+            f"--output {path}: expected a folder, or a path that ends in .npz or .png, and it is "
+            "a file; choose another"
+        )
+    return _write_files
+
+
+def _write_files(folder: Path, images: torch.Tensor, numbers: np.ndarray, labels=None) -> None:
+    for image, number in zip(images, numbers):
+        visualize.save_image(image, folder / f"{number:06d}.png")
+
+
+def _write_grid(path: Path, images: torch.Tensor, numbers: np.ndarray, labels=None) -> None:
+    visualize.save_grid(images, path)
+
+
+def _write_array(path: Path, images: torch.Tensor, numbers: np.ndarray, labels=None) -> None:
+    arrays = {"samples": images.numpy(), "numbers": numbers}
+    if labels is not None:
+        arrays["labels"] = labels.numpy()
+    visualize.write_npz(path, arrays)
