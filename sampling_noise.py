@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+
+import sde_lib
 
 
 class NoiseSource:
@@ -23,22 +26,25 @@ class NoiseSource:
         self._per_sample: list[torch.Generator] = []
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
-        """Standard normal numbers of x's shape, dtype and device."""
+        """Standard normal numbers of x's shape, dtype and device.
+
+        They are drawn in float32 whatever x's dtype, so that it changes no picture.
+        """
+        options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
         if self.seeds is None:
-            return torch.randn(x.shape, generator=self.generator, dtype=x.dtype, device=x.device)
+            return torch.randn(x.shape, generator=self.generator, **options).to(x.dtype)
         if not self._per_sample:
             self._per_sample = [torch.Generator(x.device).manual_seed(s) for s in self.seeds]
-        rows = (
-            torch.randn(x.shape[1:], generator=g, dtype=x.dtype, device=x.device)
-            for g in self._per_sample
-        )
-        return torch.stack(list(rows))
+        drawn = [torch.randn(x.shape[1:], generator=g, **options) for g in self._per_sample]
+        return torch.stack(drawn).to(x.dtype)
 
     def prior(self, sde, shape) -> torch.Tensor:
         """`sde.prior_sampling(shape)` under this source; any process, as written."""
         if self.seeds is not None:
-            parts = [self._seeded_prior(sde, (1, *shape[1:]), seed) for seed in self.seeds]
-            return torch.cat(parts)
+            free = sde_lib.unbound(sde)  # an observation has one row per sample
+            x = torch.cat([self._seeded_prior(free, (1, *shape[1:]), seed) for seed in self.seeds])
+            y = sde_lib.origin(sde, x)
+            return x if y is None else x + y
         if self.generator is not None:
             g = self.generator
             seed = torch.randint(2**62, (), generator=g, device=g.device)
@@ -64,7 +70,9 @@ class Stepper:
 
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Noise of x's shape; use this, not torch.randn_like, to obey `seeds=`."""
-        return torch.randn_like(x) if self.noise is None else self.noise.randn_like(x)
+        if self.noise is None:
+            return torch.randn_like(x, dtype=torch.float32).to(x.dtype)
+        return self.noise.randn_like(x)
 
 
 class own_noise_refused:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -18,6 +19,7 @@ from sde_lib import alpha_sigma, expand
 
 _PREDICTORS: dict[str, type] = {}
 _CORRECTORS: dict[str, type] = {}
+_SAMPLERS: dict[str, Callable] = {}
 
 
 # --- registries ---------------------------------------------------------------------------
@@ -44,6 +46,12 @@ def register_corrector(cls=None, *, name: str | None = None):
     return add_to(_CORRECTORS, "corrector", cls, name)
 
 
+def register_sampler(fn=None, *, name: str | None = None):
+    """Register a whole sampling method, chosen by `config.sampling.method`: a function of
+    (config, sde, shape, inverse_scaler, eps, **options) that returns sampler(model)."""
+    return add_to(_SAMPLERS, "sampler", fn, name)
+
+
 def look_up(registry: dict, kind: str, name: str):
     if name not in registry and importlib.util.find_spec("solvers"):
         importlib.import_module("solvers")
@@ -60,6 +68,11 @@ def get_predictor(name: str) -> type:
 def get_corrector(name: str) -> type:
     """The Corrector class registered under `name`."""
     return look_up(_CORRECTORS, "corrector", name)
+
+
+def get_sampler(name: str) -> Callable:
+    """The sampling method registered under `name`."""
+    return look_up(_SAMPLERS, "sampling.method", name)
 
 
 # --- predictors ---------------------------------------------------------------------------
@@ -80,6 +93,8 @@ class Predictor(Stepper):
     order = 1
     nfe_per_step = 1
     stochastic = True
+    #: Whether a step reads the states of earlier ones, which a corrector would move.
+    multistep = False
 
     def __init__(self, sde, score_fn, probability_flow: bool = False):
         super().__init__()
@@ -129,8 +144,9 @@ def own_step(cls: type) -> bool:
 
 
 def batch_time(x: torch.Tensor, t) -> torch.Tensor:
-    """The time t as a vector (B,) on x's device, in x's dtype."""
-    return torch.full((x.shape[0],), float(t), dtype=x.dtype, device=x.device)
+    """The time t, a number or a 0-dim tensor, as a vector (B,) on x's device, in x's dtype."""
+    # A product, not torch.full, which would ask a tensor for its value and break the graph.
+    return torch.ones(x.shape[0], dtype=x.dtype, device=x.device) * t
 
 
 @register_predictor(name="euler_maruyama")
@@ -141,13 +157,13 @@ class EulerMaruyamaPredictor(Predictor):
         return self._update(x, t, self.sde.T / self.sde.N)
 
     def step(self, x, t, s):
-        return self._update(x, batch_time(x, t), float(t - s))
+        return self._update(x, batch_time(x, t), t - s)
 
-    def _update(self, x, t, dt: float):
+    def _update(self, x, t, dt):
         z = self.randn_like(x)
         drift, diffusion = self.rsde.sde(x, t)
         x_mean = x - drift * dt
-        return x_mean + expand(diffusion, x) * math.sqrt(dt) * z, x_mean
+        return x_mean + expand(diffusion, x) * dt**0.5 * z, x_mean
 
 
 @register_predictor(name="reverse_diffusion")
@@ -179,10 +195,11 @@ class ReverseDiffusionPredictor(Predictor):
     def _transition(self, x, vec_t, t, s):
         if not self.affine:
             drift, diffusion = self.sde.sde(x, vec_t)
-            return drift * float(t - s), expand(diffusion, x) ** 2 * float(t - s)
+            return drift * (t - s), expand(diffusion, x) ** 2 * (t - s)
         (a_t, sigma_t), (a_s, sigma_s) = alpha_sigma(self.sde, t, x), alpha_sigma(self.sde, s, x)
         ratio = a_t / a_s
-        return (ratio - 1) * x, sigma_t**2 - (ratio * sigma_s) ** 2
+        y = sde_lib.origin(self.sde, x)
+        return (ratio - 1) * (x if y is None else x - y), sigma_t**2 - (ratio * sigma_s) ** 2
 
 
 @register_predictor(name="ancestral_sampling")
@@ -223,7 +240,10 @@ class AncestralSamplingPredictor(Predictor):
         D = as_score_function(self.score_fn, self.sde).denoise(x, vec_t)
         (a_t, sigma_t), (a_s, sigma_s) = alpha_sigma(self.sde, t, x), alpha_sigma(self.sde, s, x)
         e_h = a_t * sigma_s / (a_s * sigma_t)
+        y = sde_lib.origin(self.sde, x)  # x − y follows the free process
+        x, D = (x, D) if y is None else (x - y, D - y)
         x_mean = expand(sigma_s / sigma_t * e_h, x) * x + expand(a_s * (1 - e_h**2), x) * D
+        x_mean = x_mean if y is None else x_mean + y
         return x_mean + expand(sigma_s * torch.sqrt(1 - e_h**2), x) * self.randn_like(x), x_mean
 
     def _ve_update(self, x, t):
@@ -235,7 +255,10 @@ class AncestralSamplingPredictor(Predictor):
 
     def _vp_update(self, x, t):
         beta = sde_lib.lookup(self.sde.discrete_betas, sde_lib.row(self.sde, t))
-        x_mean = (x + expand(beta, x) * self.score_fn(x, t)) / expand(torch.sqrt(1 - beta), x)
+        score, y = self.score_fn(x, t), sde_lib.origin(self.sde, x)
+        x_mean = (x if y is None else x - y) + expand(beta, x) * score
+        x_mean = x_mean / expand(torch.sqrt(1 - beta), x)
+        x_mean = x_mean if y is None else x_mean + y
         return x_mean + expand(torch.sqrt(beta), x) * self.randn_like(x), x_mean
 
 

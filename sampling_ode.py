@@ -1,0 +1,192 @@
+"""Sampling by the probability-flow ODE, and its inverse: latent codes of data, and their mixtures.
+
+The ODE's map from x_T to x_eps is one to one, so data have codes: `encode` finds them, `decode`
+goes back, and `slerp` walks from one code to another (Song et al. 2021, section 4.3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+import ode
+import sde_lib
+from models.utils import get_score_fn
+from sampling_grids import check_eps, check_shape
+from sampling_loop import (
+    FractionBar,
+    check_seeds,
+    is_continuous,
+    score_and_device,
+    solver_options,
+    with_options,
+)
+from sampling_noise import NoiseSource
+from sampling_steps import (
+    ReverseDiffusionPredictor,
+    batch_time,
+    refuse_bad_tables,
+    register_sampler,
+)
+
+
+def get_ode_sampler(
+    sde,
+    shape,
+    inverse_scaler,
+    denoise: bool = False,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "RK45",
+    eps: float = 1e-3,
+    device=None,
+    *,
+    continuous: bool = True,
+    generator: torch.Generator | None = None,
+    seeds: Sequence[int] | None = None,
+    callback: Callable | None = None,
+    progress: bool = False,
+) -> Callable:
+    """A sampler that solves the probability-flow ODE: ode_sampler(model, z=None) -> (samples, NFE).
+
+    Args as `get_pc_sampler`, and:
+      denoise: end with the x_mean of one reverse-diffusion update at eps.
+      rtol, atol, method: of SciPy's solver.
+      callback: called at every evaluation, as callback(evaluations, t, x, x).
+      z: of the returned function, a latent code to decode; by default drawn from the prior.
+
+    Raises: FloatingPointError, naming t, where the drift is not finite; RuntimeError where the
+      solver gives up.
+    """
+    shape = check_shape(shape)
+    check_eps(sde, eps, shape)
+    check_seeds(seeds, shape)
+    if denoise:
+        refuse_bad_tables(sde, sde_lib.VPSDE)
+
+    @torch.no_grad()
+    def ode_sampler(model, z=None):
+        score_fn, target = score_and_device(sde, model, continuous, device)
+        before = score_fn.nfe
+        x = NoiseSource(generator, seeds).prior(sde, shape) if z is None else z
+        x = x.to(target, x.dtype if z is not None else torch.float32)
+        bar = FractionBar(progress, "ODE")
+
+        def watch(t, state):
+            bar((sde.T - t) / (sde.T - eps))
+            if callback is not None:
+                callback(score_fn.nfe - before, t, state, state)
+
+        tolerances = {"rtol": rtol, "atol": atol, "method": method}
+        x = _flow(sde, score_fn, x, float(sde.T), eps, tolerances, watch)
+        bar.close()
+        if denoise:
+            p = ReverseDiffusionPredictor(sde, score_fn)
+            x = p.update_fn(x, batch_time(x, eps))[1]
+        return inverse_scaler(x), score_fn.nfe - before
+
+    return ode_sampler
+
+
+def _flow(sde, score_fn, x, t0: float, t1: float, tolerances: dict, watch: Callable):
+    """The probability-flow ODE dx = [f − ½ g² s] dt from t0 to t1."""
+    rsde = sde.reverse(score_fn, probability_flow=True)
+
+    def rhs(t, state):
+        watch(t, state[0])
+        return (rsde.sde(state[0], batch_time(state[0], t))[0],)
+
+    return ode.solve_scipy(rhs, (x,), t0, t1, **tolerances)[0][0]
+
+
+@register_sampler(name="ode")
+def _ode_from_config(config, sde, shape, inverse_scaler, eps, **options):
+    sampler = with_options(get_ode_sampler, solver_options(config), "sampling.method 'ode'")
+    return sampler(
+        sde,
+        shape,
+        inverse_scaler,
+        denoise=getattr(config.sampling, "noise_removal", True),
+        eps=eps,
+        device=getattr(config, "device", None),
+        continuous=is_continuous(config),
+        **options,
+    )
+
+
+# --- latent codes ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(
+    sde,
+    model,
+    x: torch.Tensor,
+    *,
+    eps: float | None = None,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "RK45",
+    continuous: bool = True,
+):
+    """The latent code z = x_T of data x (B, *) along the probability-flow ODE: (z, evaluations).
+
+    Args:
+      model: a network, or a ScoreFunction.
+      x: data in the network's range, taken to be at time `eps`, by default the process's own.
+      rtol, atol, method: of SciPy's solver.
+      continuous: whether the network was trained with continuous time.
+    """
+    if not x.is_floating_point():
+        raise ValueError(f"encode needs data in floating point, scaled as in training: {x.dtype}")
+    eps = sde.sampling_eps if eps is None else eps
+    check_eps(sde, eps, check_shape(x.shape))
+    score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
+    before, tolerances = score_fn.nfe, {"rtol": rtol, "atol": atol, "method": method}
+    z = _flow(sde, score_fn, x, eps, float(sde.T), tolerances, lambda t, state: None)
+    return z, score_fn.nfe - before
+
+
+def decode(sde, model, z: torch.Tensor, *, eps: float | None = None, **options):
+    """The data x = x_eps of a latent code z: (x in the network's range, evaluations).
+
+    Options as in `encode`.
+    """
+    eps = sde.sampling_eps if eps is None else eps
+    sampler = get_ode_sampler(sde, z.shape, lambda x: x, eps=eps, device=z.device, **options)
+    return sampler(model, z)
+
+
+def round_trip_error(sde, model, x: torch.Tensor, **options) -> torch.Tensor:
+    """Root mean square of decode(encode(x)) − x, for each sample: (B,). Options as in `encode`."""
+    z, _ = encode(sde, model, x, **options)
+    again, _ = decode(sde, model, z, **options)
+    return (again - x).reshape(len(x), -1).square().mean(dim=1).sqrt()
+
+
+def slerp(a: torch.Tensor, b: torch.Tensor, weight) -> torch.Tensor:
+    """Spherical interpolation of codes a and b (B, *), sample by sample:
+
+        [sin((1 − w) θ) a + sin(w θ) b]/sin θ,   cos θ = ⟨a, b⟩/(|a| |b|)     (Shoemake 1985)
+
+    so that mixtures of two codes of the prior have a code's norm; a straight line where a and b
+    are (nearly) parallel.
+
+    Args:
+      weight: w, a number for (B, *), or a vector (n,) for the path (n, B, *).
+    """
+    if a.shape != b.shape:
+        raise ValueError(
+            f"slerp needs codes of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+    u, v = (sde_lib.double(c.reshape(len(c), -1)) for c in (a, b))
+    p, q = (torch.nn.functional.normalize(c, dim=1) for c in (u, v))
+    theta = 2 * torch.atan2((p - q).norm(dim=1), (p + q).norm(dim=1))  # acos loses half the digits
+    w = torch.as_tensor(weight, dtype=u.dtype, device=u.device)[..., None]
+    straight = torch.sin(theta) < 1e-6
+    sine = torch.where(straight, torch.ones_like(theta), torch.sin(theta))
+    first = torch.where(straight, 1 - w, torch.sin((1 - w) * theta) / sine)
+    second = torch.where(straight, w, torch.sin(w * theta) / sine)
+    mixed = first[..., None] * u + second[..., None] * v
+    return mixed.reshape(*w.shape[:-1], *a.shape).to(a.dtype)
