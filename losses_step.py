@@ -152,6 +152,8 @@ class TrainingStep(_Step):
 
 def _rows(conditions: dict, part: slice, count: int) -> dict:
     """Of every condition that has one row per image the rows of a micro-batch."""
+    if part == slice(0, count):
+        return conditions
     return {
         name: value[part] if torch.is_tensor(value) and value.shape[:1] == (count,) else value
         for name, value in conditions.items()

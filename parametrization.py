@@ -58,7 +58,9 @@ class Point:
 
     @property
     def _vec_t(self):
-        return self.t.to(self.x.device, self.x.dtype).expand(len(self.x))
+        # By a product: a 0-dim time on the CPU meets a batch on a GPU without a copy.
+        ones = torch.ones(len(self.x), dtype=self.x.dtype, device=self.x.device)
+        return (ones * self.t).to(self.x.dtype)
 
     @property
     def g(self):
@@ -163,17 +165,36 @@ def as_parametrization(value, time: str = "", sigma_data: float = SIGMA_DATA) ->
 def declared_parametrization(config) -> Parametrization | None:
     """What `config.model` says of the network's output and time input; None where it says nothing.
 
-    Raises: ValueError for an unknown name, and for a time_input without a parametrization.
+    Raises: ValueError for an unknown name, for a time_input without a parametrization, and for one
+      that NCSN++ cannot read.
     """
     m = config.model
     output, time = m.get("parametrization", ""), m.get("time_input", "")
     if output:
-        return as_parametrization(output, time, m.get("sigma_data", SIGMA_DATA))
+        parametrization = as_parametrization(output, time, m.get("sigma_data", SIGMA_DATA))
+        _check_time_of_ncsnpp(m, parametrization.time)
+        return parametrization
     if time:
         raise ValueError(
             f"model.time_input={time!r} needs model.parametrization; set it too, such as 'noise'"
         )
     return None
+
+
+def _check_time_of_ncsnpp(m, time) -> None:
+    """Refuse a logarithm of what may be negative, and a division by what is no σ."""
+    if m.get("name") != "ncsnpp":
+        return
+    if m.get("embedding_type") == "fourier" and time in ("log_sigma/4", "lambda"):
+        raise ValueError(
+            f"model.embedding_type='fourier' takes the logarithm of the time input, and {time!r} "
+            "may be negative; set model.time_input='sigma', or embedding_type='positional'"
+        )
+    if m.get("scale_by_sigma") and time != "sigma":
+        raise ValueError(
+            f"model.scale_by_sigma=True divides the output by the time input, and {time!r} is no "
+            "sigma; set model.scale_by_sigma=False, or model.time_input='sigma'"
+        )
 
 
 def convert(

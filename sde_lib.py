@@ -161,6 +161,7 @@ class _LinearBeta:
     beta_0: float
     beta_1: float
     N: int
+    prior_std = 1.0  # as published; σ at T is 2e-5 below it
 
     def beta(self, t):
         """β(t)."""

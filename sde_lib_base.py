@@ -141,6 +141,7 @@ class SDE(abc.ABC):
         """
         if isinstance(self, _Reverse):
             raise TypeError(f"{type(self).__name__} is reversed already; reverse the forward one")
+        check_direction(self)
         tau = (0.0 if probability_flow else 1.0) if tau is None else float(tau)
         if tau < 0:
             raise ValueError(f"reverse() needs tau ≥ 0, got {tau}")
@@ -211,7 +212,13 @@ class _Bound:
     _origin: torch.Tensor
 
     def _y(self, x):
-        return torch.as_tensor(self._origin).to(x.device, x.dtype)
+        y = torch.as_tensor(self._origin)
+        if y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
+            raise ValueError(
+                f"the process is bound to y of shape {tuple(y.shape)}, which does not fit data of "
+                f"shape {tuple(x.shape)}; bind it to the y of these samples, (B, *) or (1, *)"
+            )
+        return y.to(x.device, x.dtype)
 
     @property
     def _free(self) -> SDE:
@@ -231,13 +238,7 @@ class _Bound:
 
     def prior_sampling(self, shape):
         z = self._free.prior_sampling(shape)
-        x = z + self._y(z)
-        if x.shape != z.shape:
-            raise ValueError(
-                f"the process is bound to y of shape {tuple(self._origin.shape)} and cannot give "
-                f"a prior sample of shape {tuple(shape)}; bind it to the y of these samples"
-            )
-        return x
+        return z + self._y(z)
 
     def prior_logp(self, z):
         return self._free.prior_logp(z - self._y(z))
@@ -259,6 +260,15 @@ def unbound(sde: SDE) -> SDE:
     return sde._free if isinstance(sde, _Bound) else sde
 
 
+class _SigmaAtEnd:
+    """σ at T; an attribute of this name on a subclass or on the instance replaces it."""
+
+    def __get__(self, obj, owner=None) -> Any:
+        if obj is None:
+            return self
+        return obj.sigma(torch.tensor(float(obj.T), dtype=torch.float64)).item()
+
+
 class AffineSDE(SDE):
     """A process given by α(t) and σ(t) alone, with λ = log(α/σ) falling in t:
 
@@ -266,10 +276,10 @@ class AffineSDE(SDE):
 
     Subclasses define `alpha` and `sigma` of a float64 tensor of times; closed forms of `f`,
     `g2`, `lambda_` and `inverse_lambda` may replace the derived ones. The prior is
-    N(0, prior_std²).
+    N(0, prior_std²), by default with σ at T.
     """
 
-    prior_std: float = 1.0
+    prior_std: Any = _SigmaAtEnd()
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -371,6 +381,26 @@ def time_of_half_log_snr(sde: SDE, lam: torch.Tensor) -> torch.Tensor:
     if is_declared_affine(sde):
         return sde.inverse_lambda(double(lam))  # type: ignore[attr-defined]
     return _bisect(lambda t: half_log_snr(sde, t), lam, float(sde.T))
+
+
+def check_direction(sde: SDE) -> None:
+    """Refuse a process given by α and σ whose λ rises in t.
+
+    Raises: ValueError where time runs from noise to data, as in some works on flow matching.
+    """
+    if not is_declared_affine(sde):
+        return
+    T = float(sde.T)
+    early, late = (
+        half_log_snr(sde, torch.tensor(share * T, dtype=torch.float64)).item()
+        for share in (0.25, 0.75)
+    )
+    if late > early:
+        raise ValueError(
+            f"{type(sde).__name__} has λ = log(α/σ) = {early:.3g} at t = {0.25 * T:g} and "
+            f"{late:.3g} at {0.75 * T:g}, so its noise falls in t; here data are at t = 0, noise "
+            "at t = T: write T − t for t in alpha and sigma"
+        )
 
 
 def is_affine(sde: SDE) -> bool:

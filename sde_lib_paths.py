@@ -65,6 +65,8 @@ class CosineVP(_ExactSteps, AffineSDE):
       N: number of discretisation steps.
     """
 
+    prior_std = 1.0
+
     def __init__(self, N=1000):
         super().__init__(N)
 
@@ -104,6 +106,8 @@ class RectifiedFlow(_ExactSteps, AffineSDE):
       N: number of discretisation steps.
       sigma_min: σ(0), zero or a small number such as 1e-4.
     """
+
+    prior_std = 1.0
 
     def __init__(self, N=1000, sigma_min: float = 0.0):
         super().__init__(N)
@@ -278,10 +282,6 @@ class OUVE(_ExactSteps, AffineSDE):
     @property
     def _rate(self) -> float:
         return 2 * (self._log_ratio + self.theta)  # σ²/α² = c (e^{rate t} − 1)
-
-    @property
-    def prior_std(self):  # type: ignore[override]
-        return self.sigma(torch.tensor(float(self.T), dtype=torch.float64)).item()
 
     def alpha(self, t):
         return torch.exp(-self.theta * t)

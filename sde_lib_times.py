@@ -14,6 +14,7 @@ import torch
 from sde_lib_base import (
     SDE,
     alpha_sigma,
+    check_direction,
     double,
     drift_diffusion,
     half_log_snr,
@@ -47,6 +48,17 @@ def get_time_sampler(config, sde: SDE) -> TimeSampler:
     return _TIME_SAMPLERS[name.lower()].from_config(config, sde)  # type: ignore[attr-defined]
 
 
+def _refuse_unread(config, *keys: str) -> None:
+    """Refuse settings, 0 by default, that the chosen sampler does not have."""
+    t = config.training
+    for key in keys:
+        if value := getattr(t, key, 0):
+            raise ValueError(
+                f"training.{key}={value} says nothing to training.time_sampler={t.time_sampler!r}; "
+                "leave it 0.0 or choose another sampler"
+            )
+
+
 @register_time_sampler(name="uniform")
 class TimeSampler:
     """t ~ U(eps, T), and what all time samplers share. A subclass defines `quantile` and `density`.
@@ -67,11 +79,13 @@ class TimeSampler:
     def __init__(self, sde: SDE, eps: float = 1e-5, *, stratified: bool = False):
         if not 0 <= eps < sde.T:
             raise ValueError(f"a time sampler needs 0 ≤ eps < {sde.T}, got {eps}; use 1e-5")
+        check_direction(sde)
         self.sde, self.eps, self.T, self.stratified = sde, float(eps), float(sde.T), stratified
 
     @classmethod
     def from_config(cls, config, sde: SDE) -> TimeSampler:
         """The sampler with the settings of `config.training`."""
+        _refuse_unread(config, "time_mean", "time_std", "truncate")
         return cls(sde, config.training.eps, stratified=config.training.stratified)
 
     def __call__(self, n: int, device, draws=None) -> torch.Tensor:
@@ -156,6 +170,7 @@ class LikelihoodTimes(_LambdaSampler):
     @classmethod
     def from_config(cls, config, sde):
         t = config.training
+        _refuse_unread(config, "time_mean", "time_std")
         return cls(sde, t.eps, stratified=t.stratified, truncate=t.truncate)
 
     def quantile(self, u):
@@ -194,6 +209,7 @@ class _NormalTimes:
 
 def _normal_options(config, mean: float, std: float) -> dict:
     t = config.training
+    _refuse_unread(config, "truncate")
     if t.time_std > 0:
         return {"mean": t.time_mean, "std": t.time_std}
     if t.time_mean != 0:

@@ -84,6 +84,13 @@ class Solver(Predictor):
                 f"{type(self.sde).__name__} has none at t = {t:g}; start the schedule where "
                 "λ = −10 and end it before σ = 0"
             )
+        falls = lam.diff() < -1e-9  # more than rounding
+        if falls.any():
+            raise ValueError(
+                f"{type(self).__name__} goes by λ = log(α/σ), which must rise from time to time of "
+                f"the grid, and that of {type(self.sde).__name__} falls after "
+                f"t = {float(times[:-1][falls][0]):g}; data are at t = 0, noise at t = T"
+            )
         self.length = len(times)
 
     def step(self, x, t, s):

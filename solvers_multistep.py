@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 
 from sampling_steps import register_predictor
+from sde_lib import half_log_snr
 from solvers_base import (
     Node,
     Solver,
@@ -24,6 +25,9 @@ from solvers_base import (
 
 #: With fewer times than this the last steps lower their order (Lu et al. 2022b, App. A).
 FEW_STEPS = 15
+
+#: A step so many times as long as the one before cannot be extrapolated to.
+LONGEST_STEP = 1000.0
 
 
 class Multistep(Solver):
@@ -54,6 +58,19 @@ class Multistep(Solver):
         super().start(times)
         self._forget()
         self.left = len(times)
+        if self.memory > 1:
+            self._check_steps(times)
+
+    def _check_steps(self, times) -> None:
+        h = half_log_snr(self.sde, times).diff()
+        leap = h[1:] > LONGEST_STEP * h[:-1]
+        if leap.any():
+            raise ValueError(
+                f"{type(self).__name__} extrapolates over earlier steps, and the step from "
+                f"t = {float(times[1:-1][leap][0]):.6g} is more than {LONGEST_STEP:g} times as "
+                "long in λ as the one before; space the times more evenly, or use a predictor of "
+                "one step such as 'ddim' or 'heun'"
+            )
 
     def value(self, x, t: Node) -> Tensor:
         """What is remembered and extrapolated: D unless a subclass knows better."""

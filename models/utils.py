@@ -8,6 +8,7 @@ import importlib
 import numpy as np
 import torch
 
+import sde_lib
 from parametrization import (
     ScoreFunction,
     as_parametrization,
@@ -136,7 +137,7 @@ def get_score_fn(sde, model, train: bool = False, continuous: bool = False) -> S
     Args:
       sde: the forward process.
       model: a network, bare or wrapped (DataParallel, DDP, compiled), called as
-        `model(x, labels)`; or a ScoreFunction, returned as it is.
+        `model(x, labels)`; or a ScoreFunction of this process, returned as it is.
       train: whether the network runs in training mode.
       continuous: whether the network was trained with continuous time.
 
@@ -144,6 +145,12 @@ def get_score_fn(sde, model, train: bool = False, continuous: bool = False) -> S
     carries its config, else the present `sde.N`.
     """
     if isinstance(model, ScoreFunction):
+        kinds = [type(sde_lib.unbound(process)) for process in (model.sde, sde)]
+        if kinds[0] is not kinds[1]:
+            raise ValueError(
+                f"expected a score of {kinds[1].__name__}, got one of {kinds[0].__name__}; "
+                "carry it over by parametrization.on_process(score_fn, sde)"
+            )
         return model
     inner = unwrap(model)
     declared = getattr(inner, "parametrization", None)
