@@ -34,6 +34,14 @@ def _require_finite(x: torch.Tensor, name: str) -> None:
         )
 
 
+def _require_symmetric(x: torch.Tensor, name: str) -> None:
+    if not torch.allclose(x, x.T, rtol=1e-5, atol=1e-6 * float(x.abs().max())):
+        raise ValueError(
+            f"{name} must be symmetric, got a difference of {float((x - x.T).abs().max()):.3g} to "
+            "its transpose; it is no covariance: use gaussian_stats, or make the statistics again"
+        )
+
+
 def _points(x: Array, name: str) -> torch.Tensor:
     """(n, *) as (n, d) float64, checked."""
     x = _double(x)
@@ -81,13 +89,8 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
                 f"{tuple(x.shape)}; use gaussian_stats on features of one kind"
             )
         _require_finite(x, name)
-    for name, x in (("sigma1", sigma1), ("sigma2", sigma2)):
-        if not torch.allclose(x, x.T, rtol=1e-5, atol=1e-6 * float(x.abs().max())):
-            raise ValueError(
-                f"{name} must be symmetric, got a difference of "
-                f"{float((x - x.T).abs().max()):.3g} to its transpose; "
-                "use gaussian_stats"
-            )
+    _require_symmetric(sigma1, "sigma1")
+    _require_symmetric(sigma2, "sigma2")
     cross = torch.linalg.svdvals(_factor(sigma1).T @ _factor(sigma2)).sum()
     distance = (mu1 - mu2).square().sum() + sigma1.trace() + sigma2.trace() - 2 * cross
     return max(float(distance), 0.0)

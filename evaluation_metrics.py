@@ -215,6 +215,8 @@ def kernel_inception_distance(
         "kid_std": std,
         "kid_se": std * math.sqrt(m / (n - m) + 1 / subsets),
         "kid_subset_size": m,
+        "kid_num_subsets": subsets,
+        "kid_seed": seed,
         "kid_num_samples": len(x),
         "kid_num_reference": len(y),
     }

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 import distributed
-from evaluation import _require_finite
+from evaluation import _require_finite, _require_symmetric
 from evaluation_features import Extractor, as_bytes
 from evaluation_metrics import Moments
 
@@ -84,7 +84,8 @@ def read_statistics(path: str | Path) -> Statistics:
       and sigma_s beside them (of the spatial features of sFID) and arr_0 (images): not used.
 
     Errors: FileNotFoundError; ValueError for other layouts, for entries that are not finite or not
-    of one size, and where the recorded hash is not that of the content.
+    of one size, a sigma that is not symmetric, and where the recorded hash is not that of the
+    content.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -104,6 +105,7 @@ def read_statistics(path: str | Path) -> Statistics:
         )
     for name in ("mu", "sigma"):
         _require_finite(torch.from_numpy(getattr(statistics, name)), f"{path}: {name}")
+    _require_symmetric(torch.from_numpy(statistics.sigma), f"{path}: sigma")
     recorded = statistics.protocol.get("sha256", statistics.hash)
     if recorded != statistics.hash:
         raise ValueError(

@@ -22,10 +22,10 @@ from models.utils import unwrap
 from randomness import Draws, seed_for
 from run_lib_checks import check_same_experiment, check_writable, lock
 from run_lib_journal import log, logging_to, plain, progress_bar
-from run_lib_metrics import FeatureMetrics, log_metrics, pixel_metrics, unit
+from run_lib_metrics import FeatureMetrics, log_metrics, pixel_metrics
 from run_lib_results import Results, to_tensorboard, write_report
 from run_lib_samples import Sampler, code_of, conditioned, conditions
-from run_lib_shards import Shards, name_of
+from run_lib_shards import UNREADABLE, Shards, name_of
 from run_lib_state import (
     checkpoint_path,
     complete_here,
@@ -213,6 +213,8 @@ class Evaluation:
             "dequantization": "uniform",
             "levels": config.data.levels,
             "trace_estimator": e.hutchinson_type,
+            "seeds": "one per image and repeat",
+            "solver": "SciPy RK45, its steps for a batch",
             "rtol": e.rtol,
             "atol": e.atol,
             "eps": LIKELIHOOD_EPS,
@@ -304,18 +306,18 @@ class Evaluation:
         with distributed.together():
             frames = None
             if distributed.is_main():
-                pixels = unit(torch.from_numpy(rows["samples"]))
-                scores = self._with_pixels(pixels, scores)
+                samples = torch.from_numpy(rows["samples"])
+                scores = self._with_pixels(samples, scores)
                 frames = _read_frames(film, made_by)
-                visualize.save_grid(pixels[:256], f"{stem}_samples.png")
+                visualize.save_grid(samples[:256], f"{stem}_samples.png")
                 if frames:
                     visualize.animation(frames, f"{stem}_sampling.webp")
         return about, scores, frames
 
-    def _with_pixels(self, pixels: torch.Tensor, scores: dict | None) -> dict[str, Any]:
+    def _with_pixels(self, samples: torch.Tensor, scores: dict | None) -> dict[str, Any]:
         if self.sets is None:
             return scores or {"notes": ["no images of the data set to compare with"]}
-        on_pixels = pixel_metrics(pixels, *self.sets)
+        on_pixels = pixel_metrics(samples, *self.sets)
         if scores is None:
             return on_pixels
         notes = [*scores["notes"], *on_pixels["notes"]]
@@ -325,7 +327,7 @@ class Evaluation:
         """What a reader needs to recompute the numbers."""
         packages = ("torch", "numpy", "scipy")
         return {
-            "weights": "exponential moving average",
+            "weights": self.state["average"],
             "seed": self.config.seed,
             "processes": distributed.world_size(),
             "device": str(self.config.device.type),
@@ -358,12 +360,10 @@ def _write_frames(path: Path, frames, made_by: dict[str, Any]) -> None:
 
 def _read_frames(path: Path, made_by: dict[str, Any]):
     """The frames at `path`, if they are of these samples."""
-    if not path.exists():
-        return None
-    with np.load(path) as file:
-        if str(file["made_by"]) != name_of(made_by):
-            return None
-        return [(float(t), torch.from_numpy(x)) for t, x in zip(file["times"], file["frames"])]
+    with contextlib.suppress(*UNREADABLE), np.load(path) as file:
+        if str(file["made_by"]) == name_of(made_by):
+            return [(float(t), torch.from_numpy(x)) for t, x in zip(file["times"], file["frames"])]
+    return None
 
 
 def _bpd_line(bpd: dict[str, Any]) -> str:

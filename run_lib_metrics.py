@@ -36,7 +36,7 @@ def real_images(image_set, count: int) -> torch.Tensor:
 
 
 def pixel_metrics(samples: torch.Tensor, train_set, eval_set) -> dict[str, Any]:
-    """Distances of samples in [0, 1] to held-out and to training images, where pixels are few."""
+    """Distances of uint8 samples to held-out and to training images, where pixels are few."""
     samples, numbers = samples[:METRIC_IMAGES], samples[0].numel()
     if numbers > METRIC_NUMBERS or min(len(samples), len(eval_set)) < 2:
         note = (
@@ -44,7 +44,7 @@ def pixel_metrics(samples: torch.Tensor, train_set, eval_set) -> dict[str, Any]:
             f"{len(samples)} samples, {len(eval_set)} held-out images (at least 2 each)"
         )
         return {"notes": [note]}
-    reference = real_images(eval_set, max(len(samples), 300))
+    samples, reference = unit(samples), real_images(eval_set, max(len(samples), 300))
     train = real_images(train_set, TRAIN_IMAGES)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the same sentences are in the notes

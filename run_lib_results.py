@@ -15,6 +15,7 @@ import evaluation
 import visualize_report
 from run_lib_journal import log, plain, read_history, write_json
 from run_lib_metrics import TRAIN_IMAGES, real_images, unit
+from run_lib_shards import UNREADABLE
 
 #: Largest number of numbers an image may have, for its nearest training image to be looked for.
 NEIGHBOR_NUMBERS = 3 * 64 * 64
@@ -25,6 +26,8 @@ _CURVES = {
     "bits/dim": ("bpd", "mean", "standard_error"),
     "loss": ("loss", "mean", "standard_error"),
 }
+#: Ends of the names of numbers that are chosen, not found: no curves.
+_SETTINGS = ("_seed", "_num_subsets", "_subset_size", "_num_splits")
 
 
 class Results:
@@ -61,7 +64,8 @@ def to_tensorboard(workdir: Path, results: dict[str, Any], suffix: str) -> None:
     with SummaryWriter(str(workdir / "tensorboard")) as writer:
         for part in ("loss", "bpd", "metrics"):
             for name, value in results.get(part, {}).items():
-                if isinstance(value, numbers.Real) and not isinstance(value, bool):
+                real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+                if real and not name.endswith(_SETTINGS):
                     tag = f"{part}/{name}" if part != "metrics" else name
                     writer.add_scalar(f"eval{suffix}/{tag}", value, results["step"])
 
@@ -74,18 +78,16 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
       sets: the training and the evaluation images; None where they are not there.
       frames: of the sampling of some samples, or None.
     """
-    samples = neighbors = real = bpd = None
-    if "bpd" in results:
-        bpd = np.load(f"{stem}_bpd.npz")["bpd"].mean(axis=1)
-    if "sampling" in results:
-        first = np.load(f"{stem}_samples.npz")["samples"][:300]
-        samples = unit(torch.from_numpy(first))
-        if sets is not None:
-            real = real_images(sets[1], 64)
-            if samples[0].numel() <= NEIGHBOR_NUMBERS:
-                train = real_images(sets[0], TRAIN_IMAGES)
-                distances, indices = evaluation.nearest_neighbors(samples, train)
-                neighbors = (train[indices.flatten()], distances.flatten())
+    bpd = _rows_of(stem, "bpd") if "bpd" in results else None
+    samples = _rows_of(stem, "samples", 300) if "sampling" in results else None
+    samples = None if samples is None else unit(torch.from_numpy(samples))
+    real, neighbors = None, None
+    if samples is not None and sets is not None:
+        real = real_images(sets[1], 64)
+        if samples[0].numel() <= NEIGHBOR_NUMBERS:
+            train = real_images(sets[0], TRAIN_IMAGES)
+            distances, indices = evaluation.nearest_neighbors(samples, train)
+            neighbors = (train[indices.flatten()], distances.flatten())
     path = workdir / f"report{suffix}.html"
     data = sets[1].name.split("/")[0] if sets is not None else config.data.dataset
     visualize_report.write_report(
@@ -99,7 +101,7 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
         train_neighbors=neighbors,
         loss_history=read_history(workdir),
         frames=frames,
-        bpd=bpd,
+        bpd=None if bpd is None else bpd.mean(axis=1),
         metrics=results.get("metrics"),
         rows=_rows(results),
         curves=curves(stem.parent, suffix, results),
@@ -107,6 +109,14 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
         max_pairs=96 if config.data.image_size <= 16 else 48,
     )
     log.info("results in %s.json, report in %s", stem, path)
+
+
+def _rows_of(stem: Path, name: str, count: int | None = None) -> np.ndarray | None:
+    """The first rows of `stem`_<name>.npz; None where it is gone or damaged: the numbers of an
+    earlier evaluation are in the JSON still."""
+    with contextlib.suppress(*UNREADABLE), np.load(f"{stem}_{name}.npz") as file:
+        return file[name][:count]
+    return None
 
 
 def _rows(results) -> list[visualize_report.Row]:
@@ -140,12 +150,15 @@ def curves(folder: Path, suffix: str, results) -> dict[str, tuple[list, list, li
 
 def _how(results: dict[str, Any], part: str) -> Any:
     """What two checkpoints must have in common for their numbers to be compared."""
+    protocol = results["protocol"].get("sampling" if part == "metrics" else part, {})
     if part != "metrics":
         outcome = ("mean", "standard_error", "evaluations_per_batch")
-        return {key: v for key, v in results.get(part, {}).items() if key not in outcome}
-    features = results["protocol"].get("sampling", {}).get("features", {})
+        how = {key: v for key, v in results.get(part, {}).items() if key not in outcome}
+        return protocol.get("weights"), how
+    features = protocol.get("features", {})
     extractor, reference = features.get("extractor", {}), features.get("reference", {})
     return (
+        protocol.get("weights"),
         {key: v for key, v in results.get("sampling", {}).items() if key != "evaluations"},
         [extractor.get(key) for key in ("extractor", "weights_sha256", "resize")],
         reference.get("sha256"),
@@ -184,8 +197,10 @@ def protocol_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _weights(results) -> str:
+    known = [part["weights"] for part in results["protocol"].values()]
+    average = known[-1] if known else "weights"
     digest = results["weights_sha256"]
-    return f"exponential moving average of checkpoint {results['checkpoint']}, SHA-256 {digest}"
+    return f"{average}, of checkpoint {results['checkpoint']}; SHA-256 {digest}"
 
 
 def _sampling_rows(s: dict[str, Any]) -> list[tuple[str, str]]:
@@ -198,7 +213,7 @@ def _sampling_rows(s: dict[str, Any]) -> list[tuple[str, str]]:
         method += f", {s['solver']}"
     return [
         ("samples", f"{s['images']:,}"),
-        ("sampler", f"{method}, {s['evaluations']:g} evaluations of the network a sample"),
+        ("sampler", f"{method}, {s['evaluations']:g} evaluations of the network a batch"),
         ("sampling ends at", f"t = {s['eps']:g}, "
          + ("the mean of the last step" if s["noise_removal"] else "with the last step's noise")),
         ("seeds", s["seeds"]),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from run_lib_journal import log, progress_bar
 
 Arrays = dict[str, np.ndarray]
 _KEY = "made_by"
+#: What reading a damaged .npz raises.
+UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 def name_of(made_by: dict[str, Any]) -> str:
@@ -92,12 +95,12 @@ class Shards:
         visualize.write_npz(path, {**about, **arrays}, compress=compress)
 
     def _open(self, path: Path):
-        """The file at `path` if it is one of these rows; None otherwise."""
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
-            file = np.load(path)
-            if str(file[_KEY]) == self.name:
+        """The file at `path` if it is one of these rows, and whole; None otherwise."""
+        with contextlib.suppress(*UNREADABLE), contextlib.ExitStack() as opened:
+            file = opened.enter_context(np.load(path))
+            if str(file[_KEY]) == self.name and file.zip.testzip() is None:
+                opened.pop_all()
                 return file
-            file.close()
         return None
 
     def _known(self, count: int) -> np.ndarray:
@@ -113,7 +116,7 @@ class Shards:
                 strange += 1
                 path.unlink() if path != self.path else None
         if strange:
-            log.info("%s: of another checkpoint or protocol, made anew", self.path)
+            log.info("%s: damaged, or of another checkpoint or protocol; made anew", self.path)
         for path in self.folder.glob(".*.tmp"):
             path.unlink()
         return known

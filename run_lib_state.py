@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -140,13 +141,50 @@ def each_checkpoint(config, workdir: Path) -> Iterator[int]:
         raise FileNotFoundError(error)
 
 
+class _Saved:
+    """An average that keeps hold of all the averages that a checkpoint has, by decay or σ_rel, also
+    of those that the configuration does not name."""
+
+    def __init__(self, ema: models.ema.ExponentialMovingAverage):
+        self.main, self.others = ema, {}
+
+    def __getattr__(self, name):
+        return getattr(self.main, name)
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        self.others = {**saved.get("rates", {}), **saved.get("profiles", {})}
+        main = {name: saved[name] for name in saved if name not in ("rates", "profiles")}
+        with warnings.catch_warnings():  # of others that the configuration names: not asked for
+            warnings.filterwarnings("ignore", message="averages not in the file")
+            self.main.load_state_dict(main)
+
+
 def load_averages(config, workdir: Path, number: int, state: dict[str, Any]) -> str:
-    """Put the averaged weights of checkpoint `number` into the state's model; their SHA-256."""
-    path = checkpoint_path(workdir, number)
-    wanted = {name: value for name, value in state.items() if name != "optimizer"}
+    """Put the averaged weights of checkpoint `number` into the state's model; their SHA-256.
+
+    They are those of the main average, or of the one that `eval.ema` names by its decay or σ_rel;
+    state["average"] says which.
+
+    Raises: ValueError for an average that the checkpoint does not hold, with those that it does.
+    """
+    path, which = checkpoint_path(workdir, number), config.eval.ema
+    ema = _Saved(state["ema"])
+    wanted = {"model": state["model"], "ema": ema, "step": 0}
     restore_checkpoint(path, wanted, config.device)
-    state["step"] = wanted["step"]
-    state["ema"].copy_to(state["model"].parameters())
+    if which in (0, ema.decay):
+        ema.copy_to(state["model"].parameters())
+        kind = f"decay {ema.decay:g}"
+    elif which in ema.others:
+        chosen = ema.others[which]
+        ema.copy_to(state["model"].parameters(), which=chosen["shadow_params"])
+        kind = f"relative width {which:g}" if chosen["decay"] == 1 else f"decay {which:g}"
+    else:
+        held = ", ".join(f"{number:g}" for number in (ema.decay, *sorted(ema.others)))
+        raise ValueError(
+            f"{path}: expected an average with the decay or width eval.ema={which:g}, got {held}; "
+            "choose one of these, or 0 for the main average"
+        )
+    state["step"], state["average"] = wanted["step"], f"exponential moving average, {kind}"
     return weights_hash(state["model"])
 
 

@@ -69,6 +69,8 @@ td.number { text-align: right; padding-right: 0; white-space: nowrap; font-weigh
   font-variant-numeric: tabular-nums; }
 .error, .note { color: var(--quiet); font-weight: 400; }
 .note { display: block; font-size: .9rem; max-width: 70ch; }
+@media (max-width: 600px) { .wide { overflow-x: auto; }
+  .wide img { max-width: none; width: 720px; } }
 details { margin-top: 20px; } summary { cursor: pointer; font-weight: 600; color: var(--accent); }
 pre { overflow-x: auto; font: .85rem/1.5 ui-monospace, Menlo, Consolas, monospace;
   margin: 12px 0 0; }
@@ -285,7 +287,10 @@ _METRICS = {
 
 
 #: Ends of the names of numbers that say how others came to be: in the JSON, not in the report.
-_DETAILS = ("_se", "_std", "_num_samples", "_num_reference", "_num_splits", "_subset_size")
+_DETAILS = (
+    *("_se", "_std", "_seed", "_subset_size"),
+    *("_num_samples", "_num_reference", "_num_splits", "_num_subsets"),
+)
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
@@ -310,8 +315,8 @@ def _bpd_row(bpd: Any) -> Row:
         float(values.mean()),
         error,
         (
-            f"Mean over {n} held-out images of -log2 p(x) per dimension; lower is better. A "
-            "uniform guess over the grey levels scores log2(levels)."
+            f"Mean of -log2 p(x) per dimension over {n} images of the set in the protocol; lower "
+            "is better. A uniform guess over the grey levels scores log2(levels)."
         ),
     )
 
@@ -395,7 +400,7 @@ def write_report(
     if bpd is not None:
         report.figure(
             histogram(bpd, "bits/dim", table[len(rows)][1]),
-            "Bits per dimension of held-out images, one value per image.",
+            "Bits per dimension, one value per image.",
             heading,
         )
     for name, (steps, values, errors) in (curves or {}).items():

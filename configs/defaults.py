@@ -105,7 +105,8 @@ def _sampling() -> dict:
     return {
         # the process to sample on, which may differ from that of the training; '' = the same
         "sde": "",
-        # 'pc' (predictor-corrector), 'ode', or another registered sampler
+        # 'pc' (predictor-corrector), 'ode', 'dpm_solver_adaptive', 'gotta_go_fast', or another
+        # registered sampler
         "method": "pc",
         # name of the predictor; 'none' for corrector-only sampling
         "predictor": "reverse_diffusion",
@@ -138,6 +139,9 @@ def _eval() -> dict:
         # first and last numbered checkpoint to evaluate; -1 = the newest
         "begin_ckpt": 9,
         "end_ckpt": 26,
+        # whose weights: 0 = the main average's (model.ema_rate); the decay or the relative width
+        # (sigma_rel) of another one that the checkpoint holds
+        "ema": 0.0,
         # images per batch
         "batch_size": 1024,
         # compute the loss on the evaluation set

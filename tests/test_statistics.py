@@ -189,6 +189,9 @@ def test_files_that_are_no_statistics_are_refused(tmp_path):
     np.savez(path, mu=np.zeros(3), sigma=np.eye(2))
     with pytest.raises(ValueError, match=r"mu \(d,\) and sigma \(d, d\)"):
         stats.read_statistics(path)
+    np.savez(path, mu=np.zeros(2), sigma=np.asarray([[1.0, 0.5], [0.0, 1.0]]))
+    with pytest.raises(ValueError, match="sigma must be symmetric"):
+        stats.read_statistics(path)
     np.savez(path, mu=np.full(2, np.nan), sigma=np.eye(2))
     with pytest.raises(ValueError, match="finite"):
         stats.read_statistics(path)
