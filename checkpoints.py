@@ -59,18 +59,19 @@ def write_atomically(path: Path, write: Callable[[Any], Any], kept: Path | None 
     What was at `path` moves to `kept`, if given, once the new file is complete.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    watched = None
     try:
-        with open(temporary, "wb") as file:
-            watched = _Watched(file)
-            try:
+        try:
+            with open(temporary, "wb") as file:
+                watched = _Watched(file)
                 write(watched)
                 file.flush()
                 os.fsync(file.fileno())
-            except Exception as error:  # torch.save hides the reason behind one of its own
-                reason = watched.error or error
-                if isinstance(reason, OSError):
-                    raise _unwritable(path, reason) from error
-                raise
+        except Exception as error:  # torch.save, and closing, hide the reason behind one of theirs
+            reason = (watched and watched.error) or error
+            if isinstance(reason, OSError):
+                raise _unwritable(path, reason) from error
+            raise
         if kept is not None and path.exists():
             os.replace(path, kept)
         os.replace(temporary, path)
@@ -197,7 +198,7 @@ def _torch_load(path, device) -> Any:
     except Exception as error:  # damaged bytes fail in a dozen ways
         raise ValueError(
             f"{path} is not a checkpoint that can be read (truncated, damaged, or of another "
-            f"kind): {error}"
+            f"kind): {str(error) or type(error).__name__}"
         ) from error
 
 

@@ -196,7 +196,10 @@ def run() -> None:
         argv = _define_config(sys.argv)
     except ValueError as error:
         _exit(error)
-    app.run(main, argv)
+    try:
+        app.run(main, argv)
+    finally:  # an impatient Ctrl-C now ends the program, and prints no traceback of its cleaning
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,7 @@ def progress_bar(total: int, initial: int = 0, **options):
 
     options.setdefault("disable", not distributed.is_main())
     interval = 0.2 if sys.stderr.isatty() else 30.0
+    options.setdefault("delay", 0.0 if sys.stderr.isatty() else interval)
     return tqdm(
         total=total, initial=initial, dynamic_ncols=True, mininterval=interval,
         maxinterval=interval, smoothing=0.1, **options,

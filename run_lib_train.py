@@ -20,6 +20,7 @@ import losses
 import sampling
 import visualize
 from checkpoints import restore_newest, save_checkpoint
+from models.layers import LabelEmbedding
 from models.utils import unwrap
 from randomness import Draws, seed_for
 from run_lib_journal import Journal, log
@@ -76,7 +77,7 @@ class Steps:
     def __init__(self, config, sde, train_set, eval_set):
         self.config, self.train_set, self.eval_set = config, train_set, eval_set
         self.share = distributed.share(config.training.batch_size)
-        self.batches = None
+        self.batches, self.label_dropout = None, 0.0
         self.train_step = losses.step_fn_from_config(config, sde, True)
         self.eval_step = losses.step_fn_from_config(config, sde, False)
 
@@ -86,6 +87,7 @@ class Steps:
         size, seed = config.training.batch_size, config.seed
         if self.batches is None:
             self.batches = data_lib.train_batches(self.train_set, size, seed, step, part=share)
+            self.label_dropout = _take_over_label_dropout(state["model"])
         images, labels = next(self.batches)
         torch.manual_seed(seed_for(seed, "train", step, distributed.rank()))
         draws = Draws(seed, step, share.start, len(share), size, config.device)
@@ -97,7 +99,14 @@ class Steps:
             dequantize=config.data.uniform_dequantization,
             draws=draws,
         )
-        return self.train_step(state, batch, draws=draws, **conditions(config, labels))
+        return self.train_step(state, batch, draws=draws, **self._told(labels, draws))
+
+    def _told(self, labels, draws: Draws) -> dict[str, torch.Tensor]:
+        known = conditions(self.config, labels)
+        if self.label_dropout:
+            dropped = draws.rand("label dropout") < self.label_dropout
+            known["y"] = torch.where(dropped, self.config.model.num_classes, known["y"])
+        return known
 
     def evaluate(self, state, count: int, stop: StopSignal) -> float:
         """The averaged weights' loss on `count` images of the evaluation set, spread over the
@@ -130,6 +139,16 @@ class Steps:
     def _eval_batch(self) -> int:
         t = self.config.training
         return max(len(self.share) // t.grad_accumulation, 1)
+
+
+def _take_over_label_dropout(network) -> float:
+    """The share of labels that the network drops in training. From now on it drops none: its own
+    random numbers would depend on the process."""
+    tables = [part for part in network.modules() if isinstance(part, LabelEmbedding)]
+    share = max((table.dropout for table in tables), default=0.0)
+    for table in tables:
+        table.dropout = 0.0
+    return share
 
 
 class Run:

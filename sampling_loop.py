@@ -120,10 +120,14 @@ def step_bar(iterable, show: bool):
         return iterable
     from tqdm import tqdm
 
-    wait = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        iterable, desc="sampling", unit="step", leave=False, dynamic_ncols=True, mininterval=wait
-    )
+    return tqdm(iterable, desc="sampling", unit="step", **_quiet())
+
+
+def _quiet() -> dict[str, Any]:
+    """A bar for a person at a terminal; in a log a line now and then, and none of short work."""
+    terminal = sys.stderr.isatty()
+    waits = {"mininterval": 0.2 if terminal else 30.0, "delay": 0 if terminal else 30.0}
+    return {"leave": False, "dynamic_ncols": True, **waits}
 
 
 class FractionBar:
@@ -136,15 +140,7 @@ class FractionBar:
             from tqdm import tqdm
 
             form = "{desc}: {percentage:3.0f}%|{bar}| [{elapsed}<{remaining}]"
-            wait = 0.2 if sys.stderr.isatty() else 30.0
-            self.bar = tqdm(
-                total=1.0,
-                desc=label,
-                leave=False,
-                bar_format=form,
-                dynamic_ncols=True,
-                mininterval=wait,
-            )
+            self.bar = tqdm(total=1.0, desc=label, bar_format=form, **_quiet())
 
     def __call__(self, done: float) -> None:
         if self.bar is not None and done > self.seen:

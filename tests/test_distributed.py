@@ -65,8 +65,9 @@ def test_two_processes_have_every_gradient_of_one(sde, accumulate):
             assert abs(two[name] - gradient).max() < 2e-5 * largest, name
 
 
-def test_loss_curves_of_one_and_two_processes_agree_to_rounding_over_50_steps():
-    changes = {"model__dropout": 0.0}
+@pytest.mark.parametrize("classes", [0, 10])
+def test_loss_curves_of_one_and_two_processes_agree_to_rounding_over_50_steps(classes):
+    changes = {"model__dropout": 0.0, "model__num_classes": classes, "model__label_dropout": 0.2}
     one, average = curve(changes, 50)
     for losses, other in toys_processes.run(2, curve, changes, 50):
         assert losses == pytest.approx(one, rel=1e-3)
@@ -99,6 +100,18 @@ def random_numbers():
         return images.numpy(), labels.numpy(), torch.rand(3).tolist()
 
 
+def labels_told():
+    with distributed.process_group():
+        state, steps = training(tiny(model__num_classes=10, model__label_dropout=0.5))
+        seen = []
+        state["model"].register_forward_pre_hook(
+            lambda _, args, told: seen.append(told["y"].numpy().copy()), with_kwargs=True
+        )
+        for _ in range(3):
+            steps.train(state)
+        return seen
+
+
 def test_processes_get_different_images_times_noise_and_dropout():
     one = random_numbers()
     two = toys_processes.run(2, random_numbers)
@@ -107,6 +120,14 @@ def test_processes_get_different_images_times_noise_and_dropout():
         assert torch.equal(halves, torch.from_numpy(one[i]))
     assert two[0][2] != two[1][2]
     assert two[0][2] == one[2]
+
+
+def test_labels_are_dropped_image_by_image_whatever_the_number_of_processes():
+    one = labels_told()
+    halves = zip(*toys_processes.run(2, labels_told), strict=True)
+    assert [[*a, *b] for a, b in halves] == [labels.tolist() for labels in one]
+    dropped = sum((labels == 10).sum() for labels in one)
+    assert 12 < dropped < 36  # of 48, half expected
 
 
 def whole_run(workdir, changes):

@@ -184,3 +184,9 @@ def test_the_speed_counts_training_alone_and_not_the_first_step(monkeypatch):
     now[0] = 130.0
     assert clock.rate(21) == 20 / 10
     assert clock.left(21, 41) == "30 s"
+
+
+def test_short_work_leaves_no_bar_where_there_is_no_terminal(capfd):
+    with run_lib_journal.progress_bar(3, desc="short", leave=False) as bar:
+        bar.update(3)
+    assert capfd.readouterr().err == ""

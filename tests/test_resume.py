@@ -159,6 +159,16 @@ def test_a_full_disk_is_said_and_leaves_the_last_good_checkpoint(tmp_path):
         assert content(path)["step"] == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux's full device")
+def test_a_full_disk_found_when_closing_is_said_too(tmp_path):
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(b"as it was")
+    (tmp_path / f".{path.name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"checkpoint\.pth cannot be written: No space left"):
+        checkpoints.write_atomically(path, lambda file: file.write(b"in the buffer until closing"))
+    assert path.read_bytes() == b"as it was"
+
+
 class SmallDisk:
     """A folder on a file system of 1 MiB, where one can be mounted; else the test is skipped."""
 
