@@ -28,7 +28,7 @@ test: lint
 	$(BIN)/python -m pytest -m 'not slow' -n 2 --durations=10
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow --durations=10
+	$(BIN)/python -m pytest -m slow -n 2 --durations=10
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo

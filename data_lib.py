@@ -5,33 +5,37 @@ the device: x / (levels - 1), or (x + u) / levels with u uniform in [0, 1) where
 dequantised, then the scaler of the configuration.
 """
 
-import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from data_lib_batches import Batch, eval_batches, train_batches
 from data_lib_files import ImageFiles, list_images, split_images
 
-IN_MEMORY_BYTES = 2 * 2**30
+__all__ = [
+    "Batch",
+    "ImageSet",
+    "eval_batches",
+    "get_data_inverse_scaler",
+    "get_data_scaler",
+    "get_image_sets",
+    "prepare",
+    "quantize",
+    "resize",
+    "to_channels",
+    "train_batches",
+]
+
 DIGITS_HELD_OUT = 300
 CROP_CELEBA = 140
 
 Scaler = Callable[[Any], Any]
-
-
-class Batch(NamedTuple):
-    """Images of shape (b, C, H, W), uint8, and labels of shape (b,), int64, or None."""
-
-    images: torch.Tensor
-    labels: torch.Tensor | None
 
 
 def get_data_scaler(config) -> Scaler:
@@ -53,7 +57,8 @@ class ImageSet:
     """A set of equally sized images of integer levels, in memory or decoded when taken.
 
     ``images`` is a uint8 tensor of shape (n, C, H, W), or None where the images are read from
-    ``files``; ``labels`` is int64 of shape (n,), or None; ``levels`` counts the possible values.
+    ``files``; ``labels`` is int64 of shape (n,), or None; ``levels`` counts the possible values;
+    ``workers`` processes decode the files for batches (``data_lib_batches``).
     """
 
     name: str
@@ -61,6 +66,7 @@ class ImageSet:
     labels: torch.Tensor | None = None
     levels: int = 256
     files: ImageFiles | None = None
+    workers: int = 0
 
     def __post_init__(self):
         if (self.images is None) == (self.files is None):
@@ -94,7 +100,7 @@ class ImageSet:
         if self.images is not None:
             return self.images[index]
         assert self.files is not None
-        return self.files.read(index.tolist())
+        return self.files.read(index.numpy())
 
     def batch(self, indices: Sequence[int] | np.ndarray | torch.Tensor) -> Batch:
         """Return the images and the labels at ``indices``."""
@@ -102,69 +108,7 @@ class ImageSet:
         return Batch(self.take(index), None if self.labels is None else self.labels[index])
 
 
-# Batches
-
-
-def train_batches(
-    image_set: ImageSet, batch_size: int, seed: int, start_step: int = 0
-) -> Iterator[Batch]:
-    """Yield shuffled batches of ``batch_size`` for ever.
-
-    The batch of a step depends on (``seed``, step) alone, so that a run resumed at ``start_step``
-    sees what it would have seen. Every epoch is one permutation of the set; a batch may cross the
-    border of two epochs and may be larger than the set.
-    """
-    n = len(image_set)
-    _check_batch_size(batch_size)
-    permutations: dict[int, np.ndarray] = {}
-
-    def permutation(epoch: int) -> np.ndarray:
-        if epoch not in permutations:
-            permutations.clear()
-            permutations[epoch] = np.random.default_rng((seed, epoch)).permutation(n)
-        return permutations[epoch]
-
-    def load(step: int) -> Batch:
-        indices: list[np.ndarray] = []
-        position, end = step * batch_size, (step + 1) * batch_size
-        while position < end:
-            epoch, first = divmod(position, n)
-            indices.append(permutation(epoch)[first : first + end - position])
-            position += len(indices[-1])
-        return image_set.batch(np.concatenate(indices))
-
-    return _read_ahead(image_set, load, itertools.count(start_step))
-
-
-def eval_batches(image_set: ImageSet, batch_size: int) -> Iterator[Batch]:
-    """Yield every image exactly once, in order; the last batch may be smaller."""
-    n = len(image_set)
-    _check_batch_size(batch_size)
-
-    def load(start: int) -> Batch:
-        return image_set.batch(torch.arange(start, min(start + batch_size, n)))
-
-    return _read_ahead(image_set, load, iter(range(0, n, batch_size)))
-
-
-def _check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise ValueError(f"expected a batch size >= 1, got {batch_size}; use 128")
-
-
-def _read_ahead(
-    image_set: ImageSet, load: Callable[[int], Batch], steps: Iterator[int], depth: int = 2
-) -> Iterator[Batch]:
-    """Yield load(step) for each step; a thread decodes files ``depth`` batches ahead."""
-    if image_set.images is not None:
-        yield from map(load, steps)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        pending = deque(pool.submit(load, step) for step in itertools.islice(steps, depth))
-        while pending:
-            batch = pending.popleft().result()
-            pending.extend(pool.submit(load, step) for step in itertools.islice(steps, 1))
-            yield batch
+# Levels and floats
 
 
 def prepare(
@@ -175,34 +119,54 @@ def prepare(
     flip: bool = False,
     dequantize: bool = False,
     generator: torch.Generator | None = None,
+    draws: Any = None,
 ) -> torch.Tensor:
     """Return a uint8 batch (b, C, H, W) as the network's float32 input on ``device``.
 
     ``flip`` mirrors each image left-right with probability 1/2. With L = ``config.data.levels``,
     x becomes x / (L - 1) in [0, 1], or (x + u) / L in [0, 1) with u ~ U[0, 1) if ``dequantize``;
-    then ``get_data_scaler(config)`` applies. ``generator`` draws the flips, then u, on its own
-    device, so that a CPU generator gives the same batch on every device.
+    then ``get_data_scaler(config)`` applies.
 
-    Raises ValueError where the images are not uint8 of four dimensions.
+    ``draws`` (a ``randomness.Draws`` of these images) gives the flips, stream "flip", and u, stream
+    "dequantize", to each image by its place in the global batch. Else ``generator``, or the
+    device's default one, draws the flips, then u, for the batch. Each draws on its own device, so
+    that one of the CPU gives the same batch on every device. Images go to the device as bytes, to a
+    GPU from pinned memory without waiting.
+
+    Raises ValueError where the images are not uint8 of four dimensions, or as many as the draws.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(
             f"expected uint8 images of shape (b, C, H, W), got {images.dtype} of shape "
             f"{tuple(images.shape)}; pass what an ImageSet yields"
         )
+    if draws is not None and (generator is not None or draws.count != len(images)):
+        raise ValueError(
+            f"expected draws of {len(images)} images and no generator beside them, got draws of "
+            f"{draws.count} and generator={generator}; use draws.rows for a part of a batch"
+        )
     device = images.device if device is None else torch.device(device)
-    levels = config.data.levels
+
+    def rand(stream: str, shape: tuple[int, ...] = ()) -> torch.Tensor:
+        if draws is not None:
+            return draws.rand(stream, shape).to(device)
+        drawn_on = device if generator is None else generator.device
+        shape = (len(images), *shape)
+        return torch.rand(shape, device=drawn_on, generator=generator).to(device)
+
+    if device.type == "cuda" and images.device.type == "cpu":
+        images = images.pin_memory()
     x = images.to(device, non_blocking=True)
     if flip:
-        mirrored = _rand((len(x),), device, generator) < 0.5
+        mirrored = rand("flip") < 0.5
         x = torch.where(mirrored.view(-1, 1, 1, 1), x.flip(-1), x)
     x = x.float()
     if dequantize:
         # In float32 x + u may round up to x + 1, which is another level.
-        noisy = x + _rand(tuple(x.shape), device, generator)
-        x = torch.minimum(noisy, torch.nextafter(x + 1, x)) / levels
+        noisy = x + rand("dequantize", tuple(x.shape[1:]))
+        x = torch.minimum(noisy, torch.nextafter(x + 1, x)) / config.data.levels
     else:
-        x = x / (levels - 1)
+        x = x / (config.data.levels - 1)
     return get_data_scaler(config)(x)
 
 
@@ -216,13 +180,6 @@ def quantize(x: torch.Tensor, config) -> torch.Tensor:
     if config.data.uniform_dequantization:
         return (x * levels).floor().clamp(max=levels - 1).byte()
     return (x * (levels - 1)).add(0.5).floor().byte()
-
-
-def _rand(
-    shape: tuple[int, ...], device: torch.device, generator: torch.Generator | None
-) -> torch.Tensor:
-    drawn_on = device if generator is None else generator.device
-    return torch.rand(shape, device=drawn_on, generator=generator).to(device)
 
 
 # Image sets
@@ -359,13 +316,29 @@ def _folder(data) -> tuple[ImageSet, ImageSet]:
     if not data.path:
         raise FileNotFoundError(_how_to_point_at_a_folder(data))
     path = Path(data.path).expanduser()
-    if data.dataset.lower() == "lsun" and data.category and (path / data.category).is_dir():
-        path = path / data.category
     eval_path = Path(data.eval_path).expanduser() if data.eval_path else None
+    if data.dataset.lower() == "lsun":
+        path, eval_path = _lsun_paths(path, eval_path, data.category)
     train, held_out = split_images(path, eval_path, data.eval_fraction)
     return _from_files(f"{data.dataset}/train", train, data), _from_files(
         f"{data.dataset}/eval", held_out, data
     )
+
+
+def _lsun_paths(path: Path, eval_path: Path | None, category: str) -> tuple[Path, Path | None]:
+    """Return where a scene of LSUN is and its validation part, by the names its authors give.
+
+    These are the lmdbs SCENE_train_lmdb and SCENE_val_lmdb; else there may be a folder SCENE.
+    """
+    for inner in (f"{category}_train_lmdb", category):
+        if category and (path / inner).is_dir():
+            path = path / inner
+            break
+    scene = path.name.removesuffix("_train_lmdb")
+    beside = path.parent / f"{scene}_val_lmdb"
+    if eval_path is None and scene != path.name and beside.is_dir():
+        eval_path = beside
+    return path, eval_path
 
 
 def _how_to_point_at_a_folder(data) -> str:
@@ -374,7 +347,7 @@ def _how_to_point_at_a_folder(data) -> str:
         tfrecords = f" (the TFRecord file {data.tfrecords_path} of score_sde is not read)"
     what = f"{data.dataset} {data.category}".strip()
     return (
-        f"{what}: expected config.data.path, a folder or .zip of images, got ''{tfrecords}; "
+        f"{what}: expected config.data.path, a folder, .zip or lmdb of images, got ''{tfrecords}; "
         "export the images to files and set --config.data.path=/where/they/are"
     )
 
@@ -397,7 +370,7 @@ def _celeba(data) -> tuple[ImageSet, ImageSet]:
     files = list_images(folder)
     part_of = dict(line.split()[:2] for line in partition.read_text().splitlines() if line)
     train, held_out = (
-        files.select([i for i, name in enumerate(files.names) if part_of.get(name) == part])
+        files.select(np.array([part_of.get(name) == part for name in files.names]))
         for part in ("0", "1")
     )
     return _from_files("CELEBA/train", train, data, CROP_CELEBA), _from_files(
@@ -406,9 +379,10 @@ def _celeba(data) -> tuple[ImageSet, ImageSet]:
 
 
 def _from_files(name: str, files: ImageFiles, data, crop: int = 0) -> ImageSet:
-    """Decode the files now where they fit into memory, else when they are taken."""
+    """Decode the files now where they fit into ``data.memory_gib``, else when they are taken."""
     files = files.with_shape((data.num_channels, data.image_size, data.image_size), crop)
-    labels = None if files.labels is None else torch.tensor(files.labels)
-    if len(files) * math.prod(files.shape) > IN_MEMORY_BYTES:
-        return ImageSet(name, None, labels, data.levels, files)
-    return ImageSet(name, files.read(range(len(files))), labels, data.levels)
+    labels = None if files.labels is None else torch.from_numpy(files.labels.astype(np.int64))
+    if len(files) * math.prod(files.shape) > data.memory_gib * 2**30:
+        files.read([0])  # one that cannot be read had better say so now
+        return ImageSet(name, None, labels, data.levels, files, data.workers)
+    return ImageSet(name, files.read(range(len(files)), show=True), labels, data.levels)

@@ -1,11 +1,11 @@
-"""Images in a folder or a .zip: which ones there are, how they are split, how they are decoded."""
+"""Images in a folder, a .zip or an lmdb: which ones, how they are split, how they are decoded."""
+
+from __future__ import annotations
 
 import io
 import logging
 import os
 import posixpath
-import threading
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,96 +14,156 @@ from pathlib import Path
 import numpy as np
 import torch
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+from data_lib_index import progress
+from data_lib_sources import EXTENSIONS, Folder, Source, open_source
+
+__all__ = ["EXTENSIONS", "ImageFiles", "decode", "list_images", "split_images"]
+
 EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")
+#: Files of fewer bytes decode faster in one thread: the interpreter's lock outweighs the decoder.
+SMALL_FILE = 8192
+#: Damaged files after which no more are looked for.
+MANY_DAMAGED = 10
 
 log = logging.getLogger("score_sde")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Image files in a fixed order, decoded to uint8 images of one shape.
+    """Image files of one source in a fixed order, decoded to uint8 images of one shape.
 
-    ``base`` is the folder below which ``names`` say something (a class, say); ``shape`` is
+    ``rows`` numbers them in the source; ``base`` is the folder below which their names say
+    something (a class, say); ``labels`` numbers the sorted class folders, or is None; ``shape`` is
     (C, H, W) with H = W; ``crop`` is the side in pixels of the central square that is kept, 0 for
-    the largest one. ``labels`` numbers the sorted class folders, or is None.
+    the largest one. What is asked of all names is asked of their folders, which are few.
     """
 
-    source: Path
-    names: tuple[str, ...]
-    open: Callable[[str], bytes]
+    source: Source
+    rows: np.ndarray
     base: str = ""
-    labels: tuple[int, ...] | None = None
+    labels: np.ndarray | None = None
     shape: tuple[int, int, int] = (3, 32, 32)
     crop: int = 0
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.rows)
 
-    def select(self, indices: Iterable[int]) -> "ImageFiles":
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every file's name: a new tuple of as many strings."""
+        return tuple(self.source.index.names[row] for row in self.rows)
+
+    def select(self, indices: Sequence[int] | np.ndarray) -> ImageFiles:
         """Return the files at ``indices``."""
-        indices = list(indices)
-        labels = self.labels and tuple(self.labels[i] for i in indices)
-        return replace(self, names=tuple(self.names[i] for i in indices), labels=labels)
+        labels = None if self.labels is None else self.labels[indices]
+        return replace(self, rows=self.rows[indices], labels=labels)
 
-    def below(self, base: str) -> "ImageFiles":
-        """Return the files whose names start with ``base``."""
-        names = tuple(name for name in self.names if name.startswith(base))
-        return replace(self, names=names, base=base, labels=None)
+    def below(self, base: str) -> ImageFiles:
+        """Return the files whose names start with ``base``, a folder with its final slash."""
+        kept = self._in_folders(lambda folder: folder.startswith(base))
+        return replace(self, rows=self.rows[kept], base=base, labels=None)
 
-    def rest(self, keep: Callable[[str], bool]) -> "ImageFiles":
-        """Return the files whose names are kept, the base being the folder that holds them all."""
-        names = tuple(filter(keep, self.names))
-        if len(names) == len(self.names):
+    def rest(self, kept: np.ndarray) -> ImageFiles:
+        """Return the files that a mask keeps, the base being the folder that holds them all."""
+        if kept.all():
             return self
-        return replace(self, names=names, base=_common_folder(names), labels=None)
+        return _based(replace(self, rows=self.rows[kept], labels=None))
 
-    def top(self, name: str) -> str:
-        """Return the folder just below the base that a file lies in, or the file's own name."""
-        return name[len(self.base) :].split("/")[0]
+    def folders(self) -> list[str]:
+        """Return the folders that hold a file, each with its final slash, the top being ''."""
+        names = self.source.index.names
+        return [names.folders[i] for i in np.unique(names.folder[self.rows])]
+
+    def top(self, folder: str) -> str:
+        """Return the folder just below the base that a folder lies in, '' for the base itself."""
+        return folder[len(self.base) :].split("/")[0]
+
+    def tops(self) -> set[str]:
+        """Return the folders just below the base that hold a file, '' for the base itself."""
+        return set(map(self.top, self.folders()))
+
+    def outside(self, tops: Sequence[str]) -> np.ndarray:
+        """Return the mask of the files that lie in none of these folders just below the base."""
+        return self._in_folders(lambda folder: self.top(folder) not in tops)
 
     def classes(self) -> list[str]:
         """Return the sorted folders just below the base; [] where some image lies in none."""
-        parts = [name[len(self.base) :].split("/") for name in self.names]
-        return sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
+        tops = self.tops()
+        return [] if "" in tops else sorted(tops)
 
-    def labelled(self, classes: Sequence[str]) -> "ImageFiles":
+    def labelled(self, classes: Sequence[str]) -> ImageFiles:
         """Return the files with the number of each one's class, where all have one of these."""
         if len(classes) < 2 or not set(self.classes()) or not set(self.classes()) <= set(classes):
             return self
-        number = {name: i for i, name in enumerate(classes)}
-        labels = tuple(number[self.top(name)] for name in self.names)
-        return replace(self, labels=labels)
+        names, number = self.source.index.names, {name: i for i, name in enumerate(classes)}
+        label = np.array([number.get(self.top(folder), -1) for folder in names.folders])
+        return replace(self, labels=label[names.folder[self.rows]])
 
-    def with_shape(self, shape: tuple[int, int, int], crop: int = 0) -> "ImageFiles":
+    def with_shape(self, shape: tuple[int, int, int], crop: int = 0) -> ImageFiles:
         """Return the files to be decoded to another shape (C, H, W)."""
         return replace(self, shape=shape, crop=crop)
 
-    def read(self, indices: Iterable[int]) -> torch.Tensor:
+    def read(self, indices: Iterable[int], threads: int = 0, *, show: bool = False) -> torch.Tensor:
         """Decode the images at ``indices``: uint8 of shape (b, C, H, W).
 
-        Raises ValueError naming the first file that cannot be decoded.
+        ``threads`` share the work, by default as many as pay; ``show`` shows the progress.
+
+        Raises ValueError naming files that cannot be decoded.
         """
-        indices = list(indices)
-        images = torch.empty((len(indices), *self.shape), dtype=torch.uint8)
+        indices = np.asarray(list(indices) if isinstance(indices, range) else indices, np.int64)
+        rows, failures = self.rows[indices], {}
+        images = np.empty((len(rows), *self.shape), dtype=np.uint8)
+        threads = min(threads or self._threads(), max(1, len(rows)))
 
-        def fill(place: int) -> None:
-            images[place] = self._decode(self.names[indices[place]])
+        def fill(places: range) -> None:
+            for place in places:
+                try:
+                    images[place] = self._decode(int(rows[place]))
+                except ValueError as error:
+                    failures[place] = str(error)
+                if len(failures) > MANY_DAMAGED:
+                    return
+                bar.update()
 
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            for _ in pool.map(fill, range(len(indices))):
-                pass
-        return images
+        with progress(f"decoding {self.source.path}", len(rows), show=show) as bar:
+            shares = [range(k, len(rows), threads) for k in range(threads)]
+            if threads == 1:
+                fill(shares[0])
+            else:
+                with ThreadPoolExecutor(threads) as pool:
+                    list(pool.map(fill, shares))
+        if failures:
+            raise ValueError(self._damaged(rows, failures))
+        return torch.from_numpy(images)
 
-    def _decode(self, name: str) -> torch.Tensor:
+    def _threads(self) -> int:
+        small = len(self.source.content(int(self.rows[0]))) < SMALL_FILE
+        return 1 if small else min(8, os.cpu_count() or 1)
+
+    def _decode(self, row: int) -> np.ndarray:
         try:
-            pixels = decode(self.open(name), self.shape[0], self.shape[1], self.crop)
+            return decode(self.source.content(row), self.shape[0], self.shape[1], self.crop)
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise ValueError(
-                f"{self.source / name}: expected an image, got a file that cannot be decoded "
-                f"({type(error).__name__}: {error}); replace or delete it"
+                f"{self.source.path / self.source.index.names[row]}: expected an image, got a file "
+                f"that cannot be decoded ({type(error).__name__}: {error}); replace or delete it"
             ) from error
-        return torch.from_numpy(pixels)
+
+    def _damaged(self, rows: np.ndarray, failures: dict[int, str]) -> str:
+        first, *others = sorted(failures)
+        names = ", ".join(self.source.index.names[int(rows[place])] for place in others)
+        return failures[first] + (f"; likewise {names}" if others else "")
+
+    def _in_folders(self, holds: Callable[[str], bool]) -> np.ndarray:
+        names = self.source.index.names
+        return np.array([holds(folder) for folder in names.folders])[names.folder[self.rows]]
+
+
+def _based(files: ImageFiles) -> ImageFiles:
+    """Return the files with the longest folder that holds them all as their base."""
+    folders = files.folders()
+    shared = posixpath.commonpath(folders) if folders and all(folders) else ""
+    return replace(files, base=f"{shared}/" if shared else "")
 
 
 def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarray:
@@ -139,62 +199,12 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def list_images(path: Path) -> ImageFiles:
-    """Return the images in a folder or .zip, at any depth, sorted by name.
+    """Return the images in a folder, .zip or lmdb, at any depth, sorted by name.
 
     Raises FileNotFoundError where there is nothing, or no image, and ValueError for another file.
     """
-    if path.is_dir():
-        names, open_file = _folder_names(path), lambda name: (path / name).read_bytes()
-    elif not path.exists():
-        raise FileNotFoundError(
-            f"expected a folder or a .zip of images, got {path}, which does not exist; "
-            "set --config.data.path (or data.root) to where the images are"
-        )
-    elif path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
-        names, open_file = _zip_access(path)
-    else:
-        raise ValueError(f"expected a folder or a .zip of images, got the file {path}; zip it")
-    kept = sorted(n for n in names if n.lower().endswith(EXTENSIONS) and not _hidden(n))
-    if not kept:
-        raise FileNotFoundError(
-            f"expected images in {path}, found {len(names)} files and no image; "
-            f"known are {', '.join(EXTENSIONS)}"
-        )
-    return ImageFiles(path, tuple(kept), open_file, _common_folder(kept))
-
-
-def _folder_names(path: Path) -> list[str]:
-    return [
-        (Path(folder) / name).relative_to(path).as_posix()
-        for folder, _, names in os.walk(path, followlinks=True)
-        for name in names
-    ]
-
-
-def _zip_access(path: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    try:
-        archive, lock = zipfile.ZipFile(path), threading.Lock()
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is not a readable zip ({error}); make it again") from error
-
-    def open_file(name: str) -> bytes:
-        with lock:
-            return archive.read(name)
-
-    return [info.filename for info in archive.infolist() if not info.is_dir()], open_file
-
-
-def _hidden(name: str) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in name.split("/"))
-
-
-def _common_folder(names: Sequence[str]) -> str:
-    """Return the longest folder, with its final slash, that holds every file; "" for no file."""
-    if not names:
-        return ""
-    first, last = posixpath.dirname(names[0]), posixpath.dirname(names[-1])
-    shared = posixpath.commonpath([first, last])  # names are sorted: common to all
-    return f"{shared}/" if shared else ""
+    source = open_source(path)
+    return _based(ImageFiles(source, np.arange(len(source.index.names))))
 
 
 def split_images(
@@ -215,25 +225,25 @@ def split_images(
         _refuse_inside(path, eval_path)
         others = list_images(eval_path)
         files = _without(files, others)
-    folders = {files.top(name) for name in files.names}
-    eval_folders = [name for name in EVAL_FOLDERS if name in folders]
+    tops = files.tops()
+    eval_folders = [name for name in EVAL_FOLDERS if name in tops]
     if not eval_path and not eval_folders:
         return _split_by_fraction(files.labelled(files.classes()), fraction)
-    train = _training_part(files, folders, eval_folders)
+    train = _training_part(files, tops, eval_folders)
     held_out = files.below(f"{files.base}{eval_folders[0]}/") if others is None else others
-    _log_parts(files, train, held_out, "train" in folders)
+    _log_parts(files, train, held_out, "train" in tops)
     classes = train.classes()
     return train.labelled(classes), held_out.labelled(classes)
 
 
-def _training_part(files: ImageFiles, folders: set[str], eval_folders: list[str]) -> ImageFiles:
+def _training_part(files: ImageFiles, tops: set[str], eval_folders: list[str]) -> ImageFiles:
     """Return the files in the folder train, or where there is none those in no eval folder."""
-    if "train" in folders:
+    if "train" in tops:
         return files.below(f"{files.base}train/")
-    train = files.rest(lambda name: files.top(name) not in eval_folders)
+    train = files.rest(files.outside(eval_folders))
     if not len(train):
         raise ValueError(
-            f"{files.source}: expected training images, got only {', '.join(sorted(folders))} to "
+            f"{files.source.path}: expected training images, got only {', '.join(sorted(tops))} to "
             "evaluate on; name the folder to train on train, or set --config.data.path"
         )
     return train
@@ -250,42 +260,77 @@ def _refuse_inside(path: Path, eval_path: Path) -> None:
 
 def _without(files: ImageFiles, others: ImageFiles) -> ImageFiles:
     """Return the files that are not, links followed, among the others."""
-    if not files.source.is_dir() or not others.source.is_dir():
+    if not isinstance(files.source, Folder) or not isinstance(others.source, Folder):
         return files
-    excluded = set(_real_paths(others))
-    real = dict(zip(files.names, _real_paths(files), strict=True))
-    kept = files.rest(lambda name: real[name] not in excluded)
-    if not len(kept):
+    excluded = _RealPaths(others)
+    kept = ~_RealPaths(files).among(excluded)
+    if not kept.any():
         raise ValueError(
-            f"expected training images in {files.source}, got only such as are in data.eval_path "
-            f"{others.source}; set --config.data.eval_path to another folder"
+            f"expected training images in {files.source.path}, got only such as are in "
+            f"data.eval_path {others.source.path}; set --config.data.eval_path to another folder"
         )
-    if len(kept) < len(files):
+    if not kept.all():
         log.info(
-            f"data: {len(files) - len(kept)} images of {files.source} are in data.eval_path "
-            f"{others.source}: they are not trained on"
+            f"data: {np.sum(~kept)} images of {files.source.path} are in data.eval_path "
+            f"{others.source.path}: they are not trained on"
         )
-    return kept
+    return files.rest(kept)
 
 
-def _real_paths(files: ImageFiles) -> list[str]:
-    """Return the absolute paths of files in a folder, links followed; asks once per folder."""
-    folders = {posixpath.dirname(name) for name in files.names}
-    real = {folder: os.path.realpath(files.source / folder) for folder in folders}
-    paths = (os.path.join(real[posixpath.dirname(n)], posixpath.basename(n)) for n in files.names)
-    return [os.path.realpath(p) if os.path.islink(p) else p for p in paths]
+class _RealPaths:
+    """Where files in a folder really are; asked of each folder once, and of each link to a file."""
+
+    def __init__(self, files: ImageFiles):
+        index, self.files = files.source.index, files
+        self.folder_of = index.names.folder[files.rows]
+        self.folders = {
+            int(i): os.path.realpath(files.source.path / index.names.folders[i])
+            for i in np.unique(self.folder_of)
+        }
+        self.links = {
+            place: os.path.realpath(self._path(place))
+            for place in np.flatnonzero(index.columns["link"][files.rows]).tolist()
+        }
+
+    def _path(self, place: int) -> str:
+        name = self.files.source.index.names[self.files.rows[place]]
+        return os.path.join(self.folders[int(self.folder_of[place])], posixpath.basename(name))
+
+    def _in(self, folders: set[str]) -> dict[int, str]:
+        """Return the real path, by place, of the files that really are in one of these folders."""
+        chosen = [i for i, real in self.folders.items() if real in folders]
+        places = np.flatnonzero(np.isin(self.folder_of, chosen)).tolist()
+        paths = {place: self._path(place) for place in places if place not in self.links}
+        return paths | {p: r for p, r in self.links.items() if os.path.dirname(r) in folders}
+
+    def among(self, others: _RealPaths) -> np.ndarray:
+        """Return the mask of the files that are among the others."""
+
+        def homes(paths: _RealPaths) -> set[str]:
+            return {*paths.folders.values(), *map(os.path.dirname, paths.links.values())}
+
+        shared = homes(self) & homes(others)
+        theirs = set(others._in(shared).values())
+        found = np.zeros(len(self.files), bool)
+        found[[place for place, path in self._in(shared).items() if path in theirs]] = True
+        return found
 
 
 def _log_parts(files: ImageFiles, train: ImageFiles, held_out: ImageFiles, named: bool) -> None:
     """Log the parts where the training part has no name of its own or something is unused."""
-    used = {*train.names, *(held_out.names if held_out.source == files.source else ())}
-    unused = sorted({files.top(name) for name in files.names if name not in used})
+    same = held_out.source is files.source
+    used = np.concatenate([train.rows, *([held_out.rows] if same else [])])
+    spare = files.select(np.flatnonzero(~np.isin(files.rows, used)))
+    loose = spare.select(np.flatnonzero(spare._in_folders(lambda folder: not spare.top(folder))))
+    unused = sorted(
+        {*spare.tops() - {""}, *map(posixpath.basename, loose.select(range(len(loose))[:6]).names)}
+    )
     if (named and not unused) or train is files:
         return
-    where = held_out.base.rstrip("/") if held_out.source == files.source else held_out.source
+    where = held_out.base.rstrip("/") if same else held_out.source.path
     more = ", …" if len(unused) > 5 else ""
     log.info(
-        f"data: {files.source}: training on {'train' if named else 'the rest'} ({len(train)} "
+        f"data: {files.source.path}: training on {'train' if named else 'the rest'} ({len(train)} "
         f"images), evaluating on {where} ({len(held_out)} images), not using "
         f"{', '.join(unused[:5]) + more if unused else 'none'}"
     )
@@ -295,9 +340,9 @@ def _split_by_fraction(files: ImageFiles, fraction: float) -> tuple[ImageFiles, 
     held_out = max(1, round(len(files) * fraction))
     if held_out >= len(files):
         raise ValueError(
-            f"{files.source}: expected enough images for a held-out part of {fraction}, got "
+            f"{files.source.path}: expected enough images for a held-out part of {fraction}, got "
             f"{len(files)}; add images, or set --config.data.eval_path"
         )
     order = np.random.RandomState(0).permutation(len(files))  # a stream that is frozen for ever
     parts = np.sort(order[held_out:]), np.sort(order[:held_out])
-    return files.select(parts[0].tolist()), files.select(parts[1].tolist())
+    return files.select(parts[0]), files.select(parts[1])

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the memory profiler talks of GPUs it does not find
+
 import torch
 
 import checkpoints_import
