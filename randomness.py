@@ -28,7 +28,15 @@ class Draws:
       device: where the numbers are made; a GPU makes other ones than the CPU.
     """
 
-    def __init__(self, seed: int, step, first: int, count: int, total: int = 0, device="cpu"):
+    def __init__(
+        self,
+        seed: int,
+        step,
+        first: int,
+        count: int,
+        total: int = 0,
+        device: str | torch.device = "cpu",
+    ):
         self.seed, self.step = seed, step
         self.first, self.count, self.total = first, count, total or first + count
         self.device = torch.device(device)
