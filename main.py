@@ -177,12 +177,12 @@ def _define_config(argv: list[str]) -> list[str]:
 
 
 def _check_key(word: str, config) -> None:
-    from configs.validation import complete, flatten
+    from configs.validation import FREE, complete, flatten
 
     if not word.lstrip("-").startswith(("config.", "noconfig.")):
         return
     key = word.split("=")[0].split(".", 1)[1]
-    if key not in dict(flatten(config)) and not key.startswith("extra."):
+    if key not in dict(flatten(config)) and not f"{key}.".startswith(FREE):
         value: Any = 0
         for name in reversed(key.split(".")):
             value = {name: value}

@@ -365,3 +365,12 @@ def test_keys_of_ones_own_live_under_extra():
     config = complete(complete(given))
     assert (config.extra.width, config.extra.deep.er) == (3, "x")
     assert config.sampling.method == "my_sampler"
+
+
+@pytest.mark.parametrize("word", ["--config.sampling.solver={'order': 2}", "--config.extra.mine=1"])
+def test_sections_of_any_keys_are_set_on_the_command_line(word):
+    import main
+
+    main._check_key(word, main.load_config("configs/vp/digits_ddpmpp_continuous.py"))
+    with pytest.raises(ValueError, match="solvr: expected a known key"):
+        main._check_key("--config.sampling.solvr=1", main.load_config("configs/vp/digits_v.py"))
