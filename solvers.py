@@ -230,8 +230,21 @@ class EDMPredictor(HeunPredictor):
         return up.alpha / t.alpha * x + up.alpha * std * self.randn_like(x), up
 
 
+class _OneInside(Solver):
+    """What the singlestep solvers with one inner evaluation share: where in (0, 1) it lies."""
+
+    order = 2
+    nfe_per_step = 2
+
+    def __init__(self, sde, score_fn, probability_flow=False, *, r: float = 0.5):
+        super().__init__(sde, score_fn, probability_flow)
+        if not 0 < r < 1:
+            raise ValueError(f"expected 0 < r < 1, got {r}; the published value is 0.5")
+        self.r = float(r)
+
+
 @register_predictor(name="dpm_solver_2")
-class DPMSolver2Predictor(Solver):
+class DPMSolver2Predictor(_OneInside):
     """DPM-Solver-2, singlestep (Lu et al. 2022a, alg. 4; alg. 1 at r = ½). Order 2.
 
         u = (α_m/α_t) x − σ_m (e^{rh} − 1) ε̂_t,   λ_m = λ_t + r h
@@ -240,13 +253,6 @@ class DPMSolver2Predictor(Solver):
     Args:
       r: where in (0, 1) the inner evaluation lies.
     """
-
-    order = 2
-    nfe_per_step = 2
-
-    def __init__(self, sde, score_fn, probability_flow=False, *, r: float = 0.5):
-        super().__init__(sde, score_fn, probability_flow)
-        self.r = _fraction(r, "r")
 
     def advance(self, x, t, s):
         h, r = s.lam - t.lam, self.r
@@ -285,7 +291,7 @@ class DPMSolver3Predictor(Solver):
 
 
 @register_predictor(name="dpmpp_2s")
-class DPMpp2SPredictor(Solver):
+class DPMpp2SPredictor(_OneInside):
     """DPM-Solver++(2S), singlestep (Lu et al. 2022b, alg. 1). Order 2.
 
         u = (σ_m/σ_t) x + α_m (1 − e^{−rh}) D_t,   λ_m = λ_t + r h
@@ -295,13 +301,6 @@ class DPMpp2SPredictor(Solver):
       r: where in (0, 1) the inner evaluation lies.
     """
 
-    order = 2
-    nfe_per_step = 2
-
-    def __init__(self, sde, score_fn, probability_flow=False, *, r: float = 0.5):
-        super().__init__(sde, score_fn, probability_flow)
-        self.r = _fraction(r, "r")
-
     def advance(self, x, t, s):
         h, r = s.lam - t.lam, self.r
         m = self.node_at(t.lam + r * h, x)
@@ -310,12 +309,6 @@ class DPMpp2SPredictor(Solver):
         D_m = self.data(u, m)
         x = s.sigma / t.sigma * x - s.alpha * torch.expm1(-h) * (D + (D_m - D) / (2 * r))
         return x, x
-
-
-def _fraction(r: float, name: str) -> float:
-    if not 0 < r < 1:
-        raise ValueError(f"expected 0 < {name} < 1, got {r}; the published value is 0.5")
-    return float(r)
 
 
 # --- what there is --------------------------------------------------------------------------
