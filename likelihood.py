@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -10,7 +9,10 @@ import torch
 import ode
 import sde_lib
 from divergence import get_probe, value_and_divergence
+from likelihood_bits import Likelihood, bits_per_dim
 from models.utils import get_score_fn
+
+__all__ = ["Likelihood", "bits_per_dim", "get_div_fn", "get_likelihood_fn", "get_log_likelihood_fn"]
 
 
 def get_div_fn(fn: Callable) -> Callable:
@@ -20,18 +22,6 @@ def get_div_fn(fn: Callable) -> Callable:
         return value_and_divergence(lambda y: fn(y, t), x, eps)[1]
 
     return div_fn
-
-
-def bits_per_dim(logp: torch.Tensor, dim: int, inverse_scaler: Callable, levels: int = 256):
-    """Bits per dimension of dequantised data from the log-density of scaled data in nats.
-
-        bpd = −log p/(d ln 2) + log₂(levels) + log₂ |d inverse_scaler/dx|
-
-    where inverse_scaler maps to [0, 1], cut into `levels` bins. For 256 levels this is
-    score_sde's 7 − inverse_scaler(−1), for centred data and for data in [0, 1].
-    """
-    slope = abs(float(inverse_scaler(torch.tensor(1.0)) - inverse_scaler(torch.tensor(0.0))))
-    return -logp / (dim * math.log(2)) + math.log2(levels) + math.log2(slope)
 
 
 def get_log_likelihood_fn(

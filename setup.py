@@ -32,6 +32,7 @@ setup(
         "evaluation_scales",
         "evaluation_stats",
         "likelihood",
+        "likelihood_bits",
         "losses",
         "losses_optim",
         "losses_step",
