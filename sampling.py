@@ -15,6 +15,7 @@ import torch
 
 from models.utils import get_score_fn
 from sampling_grids import RHO, check_eps, check_shape, time_grid
+from sampling_langevin import get_langevin_sampler
 from sampling_loop import (
     FiniteWatch,
     Trajectory,
@@ -49,7 +50,9 @@ from sampling_steps import (
     register_sampler,
 )
 from sampling_wrappers import (
+    autoguidance,
     classifier_free_guidance,
+    classifier_guidance,
     dynamic_threshold,
     static_threshold,
     wrap_denoiser,
@@ -67,13 +70,16 @@ __all__ = [
     "Predictor",
     "ReverseDiffusionPredictor",
     "Trajectory",
+    "autoguidance",
     "batch_time",
     "check_eps",
     "classifier_free_guidance",
+    "classifier_guidance",
     "decode",
     "dynamic_threshold",
     "encode",
     "get_corrector",
+    "get_langevin_sampler",
     "get_ode_sampler",
     "get_pc_sampler",
     "get_predictor",
@@ -143,6 +149,8 @@ def get_pc_sampler(
     seeds: Sequence[int] | None = None,
     callback: Callable | None = None,
     progress: bool = False,
+    constrain: Callable | None = None,
+    start: Callable | None = None,
 ) -> Callable:
     """A Predictor–Corrector sampler: pc_sampler(model) -> (samples, evaluations of the network).
 
@@ -164,6 +172,12 @@ def get_pc_sampler(
       generator, seeds: the source of noise; see `NoiseSource`.
       callback: called as callback(i, t, x, x_mean) after every step.
       progress: show a progress bar.
+      constrain: called as constrain(x, x_mean, t) -> (x, x_mean) whenever the corrector or the
+        predictor has moved the state, which is then at time t (0-dim float64 on the CPU); t = 0
+        after the last step, where the state is data; see `controllable_generation.Constraint`.
+        Multistep predictors then go at first order, each step anew.
+      start: called once, as start(x) -> x, on a draw from the prior, for the state at the first
+        time of the grid; by default the constraint's own `start`, where it has one.
 
     Raises: ValueError here, not while sampling, for pairs that cannot run;
       FloatingPointError, naming t, where the state is not finite.
@@ -189,12 +203,17 @@ def get_pc_sampler(
         source = NoiseSource(generator, seeds)
         p = predictor(sde, score_fn, probability_flow)
         c = corrector(sde, score_fn, snr, n_steps)
-        p.noise = c.noise = source if generator is not None or seeds is not None else None
+        own = source if generator is not None or seeds is not None else None
+        p.noise = c.noise = own
+        hold = _Hold(constrain, start, p, own)
         p.start(times) if hasattr(p, "start") else None
         x = x_mean = source.prior(sde, shape).to(target, dtype or torch.float32)
         # In float32 from the start, as the original's: table rows are floors of these numbers.
         grid = torch.linspace(sde.T, eps, len(times)) if legacy else times
         vec_times = grid.to(target, x.dtype)
+        with own_noise_refused(seeds is not None, target):
+            x = hold.begin(x)
+        after = torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)])  # data have t = 0
         watch = FiniteWatch(grid)
         for i in step_bar(range(len(times)), progress):
             vec_t = vec_times[i].expand(shape[0])
@@ -202,8 +221,11 @@ def get_pc_sampler(
             watched = seeds is not None and (i == 0 or target.type == "cpu")
             with own_noise_refused(watched, target):
                 x, x_mean = c.update_fn(x, vec_t)
+                if not isinstance(c, NoneCorrector):
+                    x, x_mean = hold(x, x_mean, times[i])
                 x, mean = _predict(p, x, vec_t, times, i, legacy)
-            x_mean = x_mean if isinstance(p, NonePredictor) else mean
+                x_mean = x_mean if isinstance(p, NonePredictor) else mean
+                x, x_mean = hold(x, x_mean, after[i])
             watch(i, x)
             if callback is not None:
                 callback(i, float(grid[i]), x, x_mean)
@@ -211,6 +233,36 @@ def get_pc_sampler(
         return inverse_scaler(x_mean if denoise else x), score_fn.nfe - before
 
     return pc_sampler
+
+
+class _Hold:
+    """The state's constraint, if there is one, under the sampler's source of noise."""
+
+    def __init__(self, constrain, start, predictor, noise):
+        self.constrain, self.predictor = constrain, predictor
+        self.start = start or getattr(constrain, "start", None)
+        if hasattr(constrain, "noise"):
+            constrain.noise = noise
+
+    def begin(self, x):
+        return x if self.start is None else self._checked(self.start(x), x)
+
+    def __call__(self, x, x_mean, t):
+        if self.constrain is None:
+            return x, x_mean
+        if hasattr(self.predictor, "forget"):
+            self.predictor.forget()
+        moved, mean = self.constrain(x, x_mean, t)
+        return self._checked(moved, x), self._checked(mean, x)
+
+    @staticmethod
+    def _checked(moved, x):
+        if moved.shape != x.shape:
+            raise ValueError(
+                f"a constraint got a state of shape {tuple(x.shape)} and returned "
+                f"{tuple(moved.shape)}; expected the same"
+            )
+        return moved
 
 
 def _predict(p, x, vec_t, times, i: int, legacy: bool):

@@ -119,6 +119,9 @@ class Predictor(Stepper):
     def start(self, times: torch.Tensor) -> None:
         """Called before sampling with the whole grid; solvers with history drop it here."""
 
+    def forget(self) -> None:
+        """Called when something else moves the state: solvers with history drop it here."""
+
     def finish(self, x, t):
         """The last call, at t = eps: (x, x_mean)."""
         vec_t = batch_time(x, t)

@@ -111,21 +111,32 @@ def _check_range(low: float, high: float) -> None:
         raise ValueError(f"thresholding needs low < high, got {low} and {high}")
 
 
-class _Guided(_Wrapper):
-    def __init__(self, conditional, unconditional, w: float, interval: tuple[float, float]):
-        super().__init__(conditional, unconditional)
-        self.w, self.interval = w, interval
+class _Weighted(_Wrapper):
+    """Guidance of weight w at the noise levels σ/α of an interval."""
 
+    def __init__(self, *inner: ScoreFunction, w: float, interval: tuple[float, float]):
+        super().__init__(*inner)
+        if not math.isfinite(w):
+            raise ValueError(f"guidance needs a finite w, got {w}")
+        low, high = (float(v) for v in interval)
+        if not 0 <= low < high:
+            raise ValueError(f"guidance needs an interval 0 ≤ low < high of σ/α, got {interval}")
+        self.w, self.interval = float(w), (low, high)
+
+    def _weight(self, x, t):
+        if self.interval == (0.0, math.inf):
+            return self.w
+        low, high = self.interval
+        noise = self._point(x, t).sigma_tilde
+        return expand(self.w * ((noise >= low) & (noise <= high)).to(noise.dtype), x)
+
+
+class _Guided(_Weighted):
     def _face(self, target, x, t, conditions):
         # Every face is affine in D with the same slope, so the lerp of D is the lerp of the face.
         self.nfe += self.evaluations
         strong, weak = (f._face(target, x, t, conditions) for f in self.inner)
-        w = self.w
-        if self.interval != (0.0, math.inf):
-            low, high = self.interval
-            noise = self._point(x, t).sigma_tilde
-            w = expand(self.w * ((noise >= low) & (noise <= high)).to(noise.dtype), x)
-        return strong + w * (strong - weak)
+        return strong + self._weight(x, t) * (strong - weak)
 
 
 def classifier_free_guidance(
@@ -137,16 +148,70 @@ def classifier_free_guidance(
 ) -> ScoreFunction:
     """Guidance away from a weaker denoiser, D = D_c + w (D_c − D_∅); w = 0 is none.
 
-    With one network, `score_fn.with_conditions(y=labels)` and `score_fn` itself, this is
-    classifier-free guidance (Ho and Salimans 2022, eq. 6); with a smaller or less trained network
-    in second place it is autoguidance (Karras et al. 2024). Two evaluations a call.
+    With one network, `score_fn.with_conditions(y=labels)` and `score_fn` itself, which is told of
+    no class, this is classifier-free guidance (Ho and Salimans 2022, eq. 6). The network must have
+    been trained with `model.label_dropout`. Two evaluations a call.
 
     Args:
       interval: the noise levels σ/α within which w acts (Kynkäänniemi et al. 2024).
     """
-    if not math.isfinite(w):
-        raise ValueError(f"guidance needs a finite w, got {w}")
-    low, high = (float(v) for v in interval)
-    if not 0 <= low < high:
-        raise ValueError(f"guidance needs an interval 0 ≤ low < high of σ/α, got {interval}")
-    return _Guided(conditional, unconditional, float(w), (low, high))
+    return _Guided(conditional, unconditional, w=w, interval=interval)
+
+
+def autoguidance(
+    strong: ScoreFunction,
+    weak: ScoreFunction,
+    w: float,
+    *,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> ScoreFunction:
+    """Guidance by a worse version of the network itself, D = D_1 + w (D_1 − D_0); w = 0 is none
+    (Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of Itself").
+
+    The weak network is smaller or trained for less time, on the same data and, where there are
+    classes, told of the same ones. Two evaluations a call.
+
+    Args:
+      interval: the noise levels σ/α within which w acts.
+    """
+    return _Guided(strong, weak, w=w, interval=interval)
+
+
+class _Pushed(_Weighted):
+    def __init__(self, score_fn, gradient: Callable, w: float, interval: tuple[float, float]):
+        super().__init__(score_fn, w=w, interval=interval)
+        self.gradient = gradient
+
+    def _face(self, target, x, t, conditions):
+        # At one x, moving the score by γ moves D by γ σ²/α and ε̂ by −γ σ.
+        self.nfe += self.evaluations
+        (base,), point = self.inner, self._point(x, t)
+        P, R = OUTPUTS[target](point)
+        slope = -R * point.sigma
+        if torch.is_tensor(P):  # a face that D has a part in; for the others α may be 0
+            slope = slope + P * point.sigma**2 / point.alpha
+        push = expand(slope, x) * self.gradient(x, self._times(x, t))
+        return base._face(target, x, t, conditions) + self._weight(x, t) * push
+
+    @staticmethod
+    def _times(x, t):
+        return torch.as_tensor(t).to(x.device).expand(len(x))
+
+
+def classifier_guidance(
+    score_fn: ScoreFunction,
+    gradient: Callable,
+    w: float = 1.0,
+    *,
+    interval: tuple[float, float] = (0.0, math.inf),
+) -> ScoreFunction:
+    """The score of p_t(x) p_t(y | x)^w (Song et al. 2021, eq. 14; Dhariwal & Nichol 2021, eq. 13),
+
+        s + w ∇_x log p_t(y | x),   D + w (σ²/α) ∇_x log p_t(y | x);   w = 0 is no guidance
+
+    Args:
+      gradient: gradient(x, t) = ∇_x log p_t(y | x), of x's shape, for times t (B,); of a
+        classifier `controllable_generation.classifier_gradient`.
+      interval: the noise levels σ/α within which w acts (Kynkäänniemi et al. 2024).
+    """
+    return _Pushed(score_fn, gradient, w, interval)

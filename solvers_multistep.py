@@ -1,8 +1,9 @@
 """Multistep predictors: one evaluation a step, higher order from the values of earlier steps.
 
-They start at order 1 and gain an order a step; `start` drops the history, and so does a step that
-does not begin where the last one ended. A corrector of the Predictor–Corrector loop would move the
-state off the history, so `multistep` asks for none. Formulas in the notation of `solvers_base.py`.
+They start at order 1 and gain an order a step; `start` drops the history, and so do `forget`, which
+whoever else moves the state calls, and a step that does not begin where the last one ended. A
+corrector of the Predictor–Corrector loop would move the state off the history, so `multistep` asks
+for none. Formulas in the notation of `solvers_base.py`.
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ class Multistep(Solver):
     def __init__(self, sde, score_fn, probability_flow=False, *, lower_order_final=True):
         super().__init__(sde, score_fn, probability_flow)
         self.lower_order_final = lower_order_final
-        self._forget()
+        self.forget()
         self.left = 0
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the history: the next step begins at order 1."""
         self.history: list[tuple[Node, Tensor]] = []
         self.expected: float | None = None
         #: What the next value of the network makes of the state that was predicted.
@@ -56,7 +58,7 @@ class Multistep(Solver):
 
     def start(self, times):
         super().start(times)
-        self._forget()
+        self.forget()
         self.left = len(times)
         if self.memory > 1:
             self._check_steps(times)
@@ -96,7 +98,7 @@ class Multistep(Solver):
     def _observe(self, x, t: Node) -> Tensor:
         """Evaluate the network at (x, t), remember the value, and correct x by it."""
         if self.expected != float(t.t):
-            self._forget()
+            self.forget()
         value = self.value(x, t)
         if self.correct is not None:
             x, self.correct = self.correct(value), None

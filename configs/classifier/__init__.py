@@ -1,0 +1,1 @@
+"""Noise-conditional classifiers, for class-conditional sampling with unconditional networks."""
