@@ -187,6 +187,11 @@ class Trace:
         self.probes, self.mode, self.chunk = probes, mode, chunk
         self._measured: dict[tuple, str] = {}
 
+    @property
+    def width(self) -> int:
+        """c, the number of columns."""
+        return self.probes
+
     def draw(self, x: torch.Tensor, draws=None) -> torch.Tensor:
         """Random numbers for x, (B, *): (B, k, *), or (B, 0) where none are needed."""
         raise NotImplementedError
@@ -240,6 +245,10 @@ class _HutchPP(Trace):
     """
 
     symmetric = False
+
+    @property
+    def width(self):
+        return self.probes // 3
 
     def draw(self, x, draws=None):
         return rademacher(_copies(x, 2 * (self.probes // 3)), draws)

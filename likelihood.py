@@ -8,11 +8,110 @@ import torch
 
 import ode
 import sde_lib
-from divergence import get_probe, value_and_divergence
+from divergence import (
+    Trace,
+    get_probe,
+    get_trace,
+    mean_and_error,
+    value_and_divergence,
+    watched,
+)
 from likelihood_bits import Likelihood, bits_per_dim
 from models.utils import get_score_fn
 
-__all__ = ["Likelihood", "bits_per_dim", "get_div_fn", "get_likelihood_fn", "get_log_likelihood_fn"]
+__all__ = [
+    "Likelihood",
+    "bits_per_dim",
+    "get_div_fn",
+    "get_likelihood_fn",
+    "get_log_likelihood_fn",
+    "get_ode_likelihood_fn",
+]
+
+
+def get_ode_likelihood_fn(
+    sde,
+    *,
+    trace: str | Trace = "rademacher",
+    probes: int = 1,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    method: str = "dopri5",
+    eps: float = 1e-5,
+    continuous: bool = True,
+    max_nfe: int = ode.MAX_NFE,
+) -> Callable:
+    """likelihood(model, data, *, draws=None) -> Likelihood of each image, whose terms add up to
+
+        log p_eps(x) = log π(z) + ∫_eps^T ∇·f̃(x_t, t) dt = 'prior' + 'trace',   z = x_T
+
+    along the probability-flow ODE with drift f̃ (Song et al. 2021, eq. 39), the divergence by
+    probes that are fixed along the trajectory (eq. 40), each image's own where `draws` (a
+    `randomness.Draws` of them) says so. Every image takes steps of its own ("dopri5", "bosh3"),
+    so its value does not depend on the batch; one forward pass per evaluation.
+
+    The error of a step is that of x and that of the integral in nats per dimension, whichever is
+    the larger share of `atol + rtol |·|`. (SciPy's solvers hold the batch's numbers together to
+    it, the integral in nats, as score_sde does.)
+
+    Args:
+      sde: the forward process.
+      trace: "rademacher", "gaussian", "hutch++" or "exact", or what `divergence.get_trace` gives.
+      probes: how many; from two on the result has a standard error.
+      rtol, atol, method, max_nfe: of `ode.solve`.
+      eps: the time of the data, in [0, T), where σ(eps) > 0.
+      continuous: whether the network was trained with continuous time.
+
+    Raises: FloatingPointError, naming t, where the network's output is not finite; RuntimeError
+      where the solver gives up.
+    """
+    trace = get_trace(trace, probes) if isinstance(trace, str) else trace
+    if not 0 <= eps < sde.T or not sde_lib.alpha_sigma(sde, torch.tensor([eps]))[1].item() > 0:
+        raise ValueError(
+            f"likelihood needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use 1e-5"
+        )
+    ode.check_options(method, rtol, atol)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def likelihood(model, data, *, draws=None) -> Likelihood:
+        if not data.is_floating_point():
+            raise ValueError(
+                f"likelihood needs dequantised data in floating point, got {data.dtype}; "
+                "add uniform noise of one level's width and scale as in training"
+            )
+        score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
+        rsde = sde.reverse(watched(score_fn), probability_flow=True)
+        d = 1 if method in ode.METHODS or not len(data) else data[0].numel()
+
+        def rhs(t, state, probe):
+            vec_t = t.to(data.dtype)
+            drift, columns = trace(lambda x: rsde.sde(x, vec_t)[0], state[0], probe)
+            return drift, columns / d
+
+        (z, integral), nfe, *_ = ode.solve(
+            rhs,
+            (data, sde_lib.double(data.new_zeros(len(data), trace.width))),
+            eps,
+            float(sde.T),
+            args=(trace.draw(data, draws),),
+            rtol=rtol,
+            atol=atol,
+            method=method,
+            max_nfe=max_nfe,
+            drop=_rows_are_free(sde, model),
+        )
+        prior = sde.prior_logp(z) if len(z) else z.new_zeros(0)
+        mean, error = ((d * v).to(prior) for v in mean_and_error(integral, trace.stochastic))
+        return Likelihood(prior + mean, error, z, nfe, {"prior": prior, "trace": mean})
+
+    return likelihood
+
+
+def _rows_are_free(sde, model) -> bool:
+    """Whether rows may leave a batch: not where conditions or an observation are bound to it."""
+    free = sde_lib.is_declared_affine(sde) and sde_lib.unbound(sde) is sde
+    return free and isinstance(model, torch.nn.Module)
 
 
 def get_div_fn(fn: Callable) -> Callable:
@@ -29,74 +128,26 @@ def get_log_likelihood_fn(
     hutchinson_type: str = "Rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "RK45",
+    method: str = "dopri5",
     eps: float = 1e-5,
     *,
     continuous: bool = True,
 ) -> Callable:
     """log_likelihood(model, data, *, draws=None) -> (log p in nats (B,), code z, evaluations).
 
-        log p_eps(x) = log π(z) + ∫_eps^T ∇·f̃(x_t, t) dt,   z = x_T
-
-    along the probability-flow ODE with drift f̃ (Song et al. 2021, eq. 39), the divergence by
-    one probe that is fixed along the trajectory (eq. 40), each image's own where `draws` (a
-    `randomness.Draws` of them) says so. One forward and one vector-Jacobian product per evaluation.
-
-    Args:
-      sde: the forward process.
-      hutchinson_type: "Rademacher" or "Gaussian".
-      rtol, atol: tolerances of the ODE, over the whole batch.
-      method: a solver of SciPy.
-      eps: the time of the data, in [0, T), where σ(eps) > 0.
-      continuous: whether the network was trained with continuous time.
-
-    Raises: FloatingPointError, naming t, where the network's output is not finite.
+    score_sde's, with one probe of `hutchinson_type`, "Rademacher" or "Gaussian"; the other
+    arguments are those of `get_ode_likelihood_fn`, whose result says more. `method` is one of its
+    or of SciPy's, in which the batch is one system.
     """
-    draw_probe = get_probe(hutchinson_type)
-    if not 0 <= eps < sde.T or not sde_lib.alpha_sigma(sde, torch.tensor([eps]))[1].item() > 0:
-        raise ValueError(
-            f"likelihood needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use 1e-5"
-        )
+    get_probe(hutchinson_type)
+    options = {"rtol": rtol, "atol": atol, "method": method, "eps": eps, "continuous": continuous}
+    likelihood = get_ode_likelihood_fn(sde, trace=hutchinson_type, **options)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def log_likelihood(model, data, *, draws=None):
-        if not data.is_floating_point():
-            raise ValueError(
-                f"likelihood needs dequantised data in floating point, got {data.dtype}; "
-                "add uniform noise of one level's width and scale as in training"
-            )
-        score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-        rsde = sde.reverse(_watched(score_fn), probability_flow=True)
-        probe = draw_probe(data, draws)
-
-        def rhs(t, state):
-            vec_t = torch.full((len(data),), t, dtype=data.dtype, device=data.device)
-            return value_and_divergence(lambda x: rsde.sde(x, vec_t)[0], state[0], probe)
-
-        start = (data, torch.zeros(len(data), dtype=data.dtype, device=data.device))
-        (z, delta), nfe = ode.solve_scipy(
-            rhs, start, eps, float(sde.T), rtol=rtol, atol=atol, method=method
-        )
-        return sde.prior_logp(z) + delta, z, nfe
+        found = likelihood(model, data, draws=draws)
+        return found.logp, found.code, int(found.nfe.max()) if len(data) else 0
 
     return log_likelihood
-
-
-def _watched(score_fn: Callable) -> Callable:
-    """`score_fn`, refused where autograd cannot see that it depends on x: the divergence would
-    silently lack its part."""
-
-    def watched(x, t):
-        score = score_fn(x, t)
-        if not score.requires_grad and not torch.equal(score, score_fn(x + 0.1, t)):
-            raise ValueError(
-                "the network's output depends on x but carries no gradient, which the likelihood "
-                "needs; remove torch.no_grad or detach from its forward"
-            )
-        return score
-
-    return watched
 
 
 def get_likelihood_fn(
@@ -105,7 +156,7 @@ def get_likelihood_fn(
     hutchinson_type: str = "Rademacher",
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "RK45",
+    method: str = "dopri5",
     eps: float = 1e-5,
     *,
     continuous: bool = True,

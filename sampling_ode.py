@@ -38,7 +38,7 @@ def get_ode_sampler(
     denoise: bool = False,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "RK45",
+    method: str = "dopri5",
     eps: float = 1e-3,
     device=None,
     *,
@@ -47,13 +47,20 @@ def get_ode_sampler(
     seeds: Sequence[int] | None = None,
     callback: Callable | None = None,
     progress: bool = False,
+    steps: int | None = None,
+    max_nfe: int = ode.MAX_NFE,
 ) -> Callable:
     """A sampler that solves the probability-flow ODE: ode_sampler(model, z=None) -> (samples, NFE).
 
+    With "dopri5" and "bosh3" every sample takes steps of its own, so it does not depend on the
+    batch; with a solver of SciPy the batch is one system.
+
     Args as `get_pc_sampler`, and:
       denoise: end with the x_mean of one reverse-diffusion update at eps.
-      rtol, atol, method: of SciPy's solver.
-      callback: called at every evaluation, as callback(evaluations, t, x, x).
+      rtol, atol, method, steps, max_nfe: of `ode.solve`.
+      callback: called at the start and after every step (with SciPy at every evaluation), as
+        callback(evaluations, t, x, x), with the t of the sample that is furthest behind and every
+        sample's x where it has come to.
       z: of the returned function, a latent code to decode; by default drawn from the prior.
 
     Raises: FloatingPointError, naming t, where the drift is not finite; RuntimeError where the
@@ -62,6 +69,8 @@ def get_ode_sampler(
     shape = check_shape(shape)
     check_eps(sde, eps, shape)
     check_seeds(seeds, shape)
+    ode.check_options(method, rtol, atol, steps)
+    options = dict(rtol=rtol, atol=atol, method=method, steps=steps, max_nfe=max_nfe)
     if denoise:
         refuse_bad_tables(sde, sde_lib.VPSDE)
 
@@ -73,13 +82,13 @@ def get_ode_sampler(
         x = x.to(target, x.dtype if z is not None else torch.float32)
         bar = FractionBar(progress, "ODE")
 
-        def watch(t, state):
-            bar((sde.T - t) / (sde.T - eps))
+        def watch(calls, share, t, state):
+            bar(share)
             if callback is not None:
-                callback(score_fn.nfe - before, t, state, state)
+                callback(score_fn.nfe - before, t, state[0], state[0])
 
-        tolerances = {"rtol": rtol, "atol": atol, "method": method}
-        x = _flow(sde, score_fn, x, float(sde.T), eps, tolerances, watch)
+        watched = watch if progress or callback is not None else None
+        x = _flow(sde, model, score_fn, x, float(sde.T), eps, callback=watched, **options)
         bar.close()
         if denoise:
             p = ReverseDiffusionPredictor(sde, score_fn)
@@ -89,15 +98,17 @@ def get_ode_sampler(
     return ode_sampler
 
 
-def _flow(sde, score_fn, x, t0: float, t1: float, tolerances: dict, watch: Callable):
+def _flow(sde, model, score_fn, x, t0: float, t1: float, **options) -> torch.Tensor:
     """The probability-flow ODE dx = [f − ½ g² s] dt from t0 to t1."""
     rsde = sde.reverse(score_fn, probability_flow=True)
 
     def rhs(t, state):
-        watch(t, state[0])
-        return (rsde.sde(state[0], batch_time(state[0], t))[0],)
+        return (rsde.sde(state[0], t.to(x.dtype))[0],)
 
-    return ode.solve_scipy(rhs, (x,), t0, t1, **tolerances)[0][0]
+    # Conditions or an observation that are bound to a batch need all of its rows.
+    free = sde_lib.is_declared_affine(sde) and sde_lib.unbound(sde) is sde
+    drop = free and isinstance(model, torch.nn.Module)
+    return ode.solve(rhs, (x,), t0, t1, drop=drop, **options).state[0]
 
 
 @register_sampler(name="ode")
@@ -127,7 +138,9 @@ def encode(
     eps: float | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
-    method: str = "RK45",
+    method: str = "dopri5",
+    steps: int | None = None,
+    max_nfe: int = ode.MAX_NFE,
     continuous: bool = True,
 ):
     """The latent code z = x_T of data x (B, *) along the probability-flow ODE: (z, evaluations).
@@ -135,7 +148,7 @@ def encode(
     Args:
       model: a network, or a ScoreFunction.
       x: data in the network's range, taken to be at time `eps`, by default the process's own.
-      rtol, atol, method: of SciPy's solver.
+      rtol, atol, method, steps, max_nfe: of `ode.solve`.
       continuous: whether the network was trained with continuous time.
     """
     if not x.is_floating_point():
@@ -143,8 +156,9 @@ def encode(
     eps = sde.sampling_eps if eps is None else eps
     check_eps(sde, eps, check_shape(x.shape))
     score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-    before, tolerances = score_fn.nfe, {"rtol": rtol, "atol": atol, "method": method}
-    z = _flow(sde, score_fn, x, eps, float(sde.T), tolerances, lambda t, state: None)
+    before = score_fn.nfe
+    options = dict(rtol=rtol, atol=atol, method=method, steps=steps, max_nfe=max_nfe)
+    z = _flow(sde, model, score_fn, x, eps, float(sde.T), **options)
     return z, score_fn.nfe - before
 
 

@@ -39,10 +39,12 @@ class ScoreSDE:
             self.utils = importlib.import_module("models.utils")
             ema = importlib.import_module("models.ema")
             sde_lib = importlib.import_module("sde_lib")
+            self.likelihood = importlib.import_module("likelihood")
             importlib.import_module("models.ncsnpp")
             if not compiled:
                 _use_native_filters(sys.modules["op.upfirdn2d"])
         self.model = self.utils.create_model(config)
+        self.sde = _process(sde_lib, config)
         parameters = self.model.parameters
         self.state: dict[str, Any] = {
             "model": self.model,
@@ -51,7 +53,7 @@ class ScoreSDE:
             "step": 0,
         }
         self.step_fn = self.losses.get_step_fn(
-            _process(sde_lib, config),
+            self.sde,
             train=True,
             optimize_fn=self.losses.optimization_manager(config),
             reduce_mean=config.training.reduce_mean,

@@ -1,13 +1,18 @@
-"""Likelihoods: nats, bits, evaluations, probes. The closed forms stand in test_oracles.py."""
+"""Likelihoods by the ODE: closed forms for every process, bits, evaluations, probes."""
 
 import math
 
 import pytest
 import torch
 import toys
+from toys_paths import every_sde
 
 import likelihood
-from divergence import get_probe, value_and_divergence
+import sampling
+import sde_lib
+from divergence import get_probe, get_trace, value_and_divergence
+from parametrization import as_score_function
+from randomness import Draws
 
 NAMES = ["ve", "vp", "subvp"]
 LN2 = math.log(2)
@@ -214,3 +219,241 @@ def test_discretely_trained_networks_are_scored_by_their_integer_labels():
         sde = toys.all_sdes()[name]
         likelihood.get_likelihood_fn(sde, centred, continuous=False)(model, torch.zeros(2, 3))
     assert all(not y.is_floating_point() and 0 <= int(y[0]) <= 999 for y in seen)
+
+
+# --- closed forms, for every process ------------------------------------------------------------
+
+EVERY = [*every_sde(), "user", "long"]
+MEAN = torch.tensor([0.4, -0.2, 0.0, 0.3], dtype=torch.float64).reshape(4, 1, 1)
+STDS = torch.tensor([0.05, 0.3, 1.0, 0.5], dtype=torch.float64).reshape(4, 1, 1)
+
+
+def make(name):
+    others = {"user": toys.UserSDE, "long": toys.LongSDE}
+    return others[name]() if name in others else every_sde()[name]
+
+
+def moments(sde, t, std):
+    """Mean and variance of x_t for data N(MEAN, std²), by coordinates."""
+    a, s = sde_lib.alpha_sigma(sde, torch.tensor([t], dtype=torch.float64))
+    return a.item() * MEAN, (a.item() * std) ** 2 + s.item() ** 2
+
+
+def exact(sde, std):
+    def score(x, t):
+        a, s = (sde_lib.expand(c, x) for c in sde_lib.alpha_sigma(sde, t, x))
+        return -(x - a * MEAN.to(x)) / (a**2 * std.to(x) ** 2 + s**2)
+
+    return score
+
+
+def start_of(sde):
+    return sde.sampling_eps or 1e-5
+
+
+def closed_form(sde, x, std):
+    """The code and log p̂(x) with the prior as coded: numerics.md 2.1, with a spread per axis."""
+    (m_T, v_T), (m, v) = moments(sde, float(sde.T), std), moments(sde, start_of(sde), std)
+    z = m_T + torch.sqrt(v_T / v) * (x - m)
+    half_log = 0.5 * torch.log(v_T / v).sum()
+    return z, sde.prior_logp(z) + half_log
+
+
+@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(
+    "std", [torch.full_like(STDS, 0.3), STDS], ids=["isotropic", "anisotropic"]
+)
+def test_code_nats_and_terms_are_the_closed_form(name, std):
+    sde = make(name)
+    x = MEAN + std * torch.randn(3, 4, 1, 1, dtype=torch.float64)
+    options = {"eps": start_of(sde), "rtol": 1e-7, "atol": 1e-7}
+    found = likelihood.get_ode_likelihood_fn(sde, **options)(
+        as_score_function(exact(sde, std), sde), x
+    )
+    z, logp = closed_form(sde, x, std)
+    torch.testing.assert_close(found.code, z, rtol=1e-5, atol=1e-5 * getattr(sde, "prior_std", 1.0))
+    torch.testing.assert_close(found.logp, logp, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.terms["prior"], sde.prior_logp(z), rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.terms["prior"] + found.terms["trace"], found.logp)
+    assert found.error.isnan().all() and found.nfe.shape == (3,) and (found.nfe > 10).all()
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_bits_per_dim_at_the_default_tolerance_are_the_closed_form(name):
+    sde = make(name)
+    x = (MEAN + STDS * torch.randn(6, 4, 1, 1, dtype=torch.float64)).float()
+    fn = likelihood.get_likelihood_fn(sde, centred, eps=start_of(sde))
+    bpd = fn(as_score_function(exact(sde, STDS), sde), x)[0]
+    truth = likelihood.bits_per_dim(closed_form(sde, x.double(), STDS)[1], 4, centred)
+    assert (bpd - truth).abs().max() < 5e-4
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_codes_decode_to_the_data(name):
+    sde = make(name)
+    score = as_score_function(exact(sde, STDS), sde)
+    x = MEAN + STDS * torch.randn(3, 4, 1, 1, dtype=torch.float64)
+    options = {"eps": start_of(sde), "rtol": 1e-7, "atol": 1e-7}
+    z, nfe = sampling.encode(sde, score, x, **options)
+    scale = getattr(sde, "prior_std", 1.0)
+    assert (z - closed_form(sde, x, STDS)[0]).abs().max() < 1e-4 * scale
+    assert nfe > 10
+    torch.testing.assert_close(sampling.decode(sde, score, z, **options)[0], x, rtol=0, atol=1e-5)
+    assert sampling.round_trip_error(sde, score, x, **options).max() < 1e-5
+
+
+# --- every image by itself ------------------------------------------------------------------------
+
+
+class Diagonal(torch.nn.Module):
+    """The exact score of the anisotropic data, as a network whose rows are free to leave."""
+
+    def __init__(self, sde):
+        super().__init__()
+        self.inner = toys.AsModel(sde, exact(sde, STDS))
+        self.rows = []
+
+    def forward(self, x, labels):
+        self.rows.append(len(x))
+        return self.inner(x, labels)
+
+
+@pytest.mark.parametrize("name", ["ve", "vp", "subvp"])
+@pytest.mark.parametrize("as_module", [True, False])
+def test_value_of_an_image_is_the_same_bits_in_any_batch(name, as_module):
+    sde = make(name)
+    x = torch.randn(13, 4, 2, 3) * torch.logspace(-2, 1.5, 13)[:, None, None, None]
+    net = Diagonal(sde)
+    fn = likelihood.get_ode_likelihood_fn(sde, trace="gaussian", probes=2)
+
+    def part(a, b):
+        draws = Draws(seed=5, step=0, first=a, count=b - a, total=13)
+        return fn(net if as_module else net.forward, x[a:b], draws=draws)
+
+    whole = part(0, 13)
+    assert whole.nfe.min() < whole.nfe.max() == len(net.rows)
+    assert (net.rows[-1] < 13) == as_module  # images that are done leave a network's batch
+    for a, b in ((0, 1), (4, 7), (1, 13)):
+        found = part(a, b)
+        for name in ("logp", "error", "code", "nfe"):
+            assert torch.equal(getattr(found, name), getattr(whole, name)[a:b]), name
+
+
+def test_seeded_samples_of_the_ode_are_the_same_bits_in_any_batch():
+    for name in ("ve", "vp", "subvp"):
+        sde, seeds = make(name), [3, 14, 15, 92, 6]
+        net = Diagonal(sde)
+
+        def sample(seeds, sde=sde, net=net):
+            shape = (len(seeds), 4, 2, 2)
+            return sampling.get_ode_sampler(sde, shape, uncentred, seeds=seeds)(net)[0]
+
+        whole = sample(seeds)
+        assert torch.equal(whole[1:2], sample(seeds[1:2]))
+        assert torch.equal(whole[1:4], sample(seeds[1:4]))
+
+
+def test_rows_of_a_bound_process_and_of_bound_conditions_stay():
+    """A batch of conditions fits only the whole batch."""
+    y = torch.tensor([0.1, 0.2, 1.5])
+
+    def score(x, t, y=y):
+        assert len(x) == len(y) == 3
+        return -(1 + y[:, None] ** 2) * x
+
+    sde = sde_lib.VPSDE()
+    found = likelihood.get_ode_likelihood_fn(sde)(as_score_function(score, sde), torch.ones(3, 2))
+    assert found.nfe.max() > found.nfe.min()
+    bound = sde.bind(torch.ones(3, 2))
+    fn = likelihood.get_ode_likelihood_fn(bound)
+    fn(as_score_function(lambda x, t: score(x, t), bound), torch.ones(3, 2))
+
+
+# --- probes ---------------------------------------------------------------------------------------
+
+
+class Coupled(torch.nn.Module):
+    """Noise prediction with a Jacobian that is not diagonal."""
+
+    def __init__(self, d):
+        super().__init__()
+        g = torch.Generator().manual_seed(2)
+        self.A = torch.nn.Parameter(
+            0.4 * torch.randn(d, d, generator=g, dtype=torch.float64) / d**0.5
+        )
+
+    def forward(self, x, labels):
+        return torch.tanh(x @ self.A.to(x)) + 0.5 * x
+
+
+def test_error_of_k_probes_is_the_spread_of_their_values_and_covers_the_exact_one():
+    sde, n, d = sde_lib.VPSDE(), 40, 6
+    net, x = Coupled(d), torch.randn(1, d, dtype=torch.float64).expand(n, d)
+    exact_value = likelihood.get_ode_likelihood_fn(sde, trace="exact")(net, x[:1])
+    assert (exact_value.error == 0).all()
+    for name, probes in (("rademacher", 4), ("gaussian", 8), ("hutch++", 6)):
+        torch.manual_seed(0)
+        found = likelihood.get_ode_likelihood_fn(sde, trace=name, probes=probes)(net, x)
+        off = (found.logp - exact_value.logp) / found.error.square().mean().sqrt()
+        assert off.mean().abs() < 4 / n**0.5 * off.std()
+        assert 0.6 < off.std() < 1.6
+        torch.testing.assert_close(found.code, exact_value.code.expand(n, d), rtol=1e-4, atol=1e-4)
+
+
+def test_a_trace_object_is_taken_and_the_modes_agree():
+    sde, net = sde_lib.VPSDE(), Coupled(5)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    values = [
+        likelihood.get_ode_likelihood_fn(sde, trace=get_trace("exact", mode=mode))(net, x).logp
+        for mode in ("reverse", "forward")
+    ]
+    torch.testing.assert_close(*values, rtol=1e-6, atol=1e-6)
+    legacy = likelihood.get_log_likelihood_fn(sde)
+    torch.manual_seed(1)
+    nats, z, nfe = legacy(net, x)
+    torch.manual_seed(1)
+    found = likelihood.get_ode_likelihood_fn(sde)(net, x)
+    assert torch.equal(nats, found.logp) and torch.equal(z, found.code) and nfe == found.nfe.max()
+
+
+@pytest.mark.parametrize("probe", ["Rademacher", "Gaussian"])
+def test_device_and_scipy_agree_within_the_tolerance(probe):
+    sde, net = sde_lib.subVPSDE(), Coupled(12)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    results = []
+    for method in ("dopri5", "bosh3", "RK45"):
+        torch.manual_seed(4)
+        options = {"rtol": 1e-6, "atol": 1e-6, "method": method, "eps": 1e-3}
+        results.append(likelihood.get_log_likelihood_fn(sde, probe, **options)(net, x))
+    for nats, z, _ in results[:2]:
+        assert ((nats - results[2][0]) / 12).abs().max() < 2e-5
+        assert (z - results[2][1]).abs().max() < 2e-5
+
+
+def test_an_empty_batch_has_no_likelihoods():
+    sde = sde_lib.VPSDE()
+    found = likelihood.get_ode_likelihood_fn(sde)(Coupled(3), torch.zeros(0, 3))
+    assert found.logp.shape == found.error.shape == found.nfe.shape == (0,)
+    assert found.code.shape == (0, 3)
+
+
+def test_wrapped_and_compiled_networks_give_the_bare_ones_value():
+    sde, x = sde_lib.VPSDE(), torch.randn(4, 3)
+    fn = likelihood.get_ode_likelihood_fn(sde)
+    bare, results = Coupled(3), []
+    for net in (bare, torch.nn.DataParallel(bare), torch.compile(bare, backend="eager")):
+        torch.manual_seed(2)
+        results.append(fn(net, x))
+    for found in results[1:]:
+        torch.testing.assert_close(found.logp, results[0].logp)
+        assert torch.equal(found.nfe, results[0].nfe)
+
+
+def test_too_many_evaluations_and_unknown_methods_are_refused():
+    sde = sde_lib.VPSDE()
+    with pytest.raises(RuntimeError, match="Raise max_nfe = 20"):
+        likelihood.get_ode_likelihood_fn(sde, max_nfe=20)(Coupled(3), torch.randn(2, 3))
+    with pytest.raises(ValueError, match="'rk4' does not choose its own steps"):
+        likelihood.get_ode_likelihood_fn(sde, method="rk4")
+    with pytest.raises(ValueError, match="trace 'magic' is unknown"):
+        likelihood.get_ode_likelihood_fn(sde, trace="magic")

@@ -155,7 +155,7 @@ def test_ode_of_discrete_networks_is_not_that_of_continuous_ones():
     options = {"eps": 1e-3, "rtol": 1e-4, "atol": 1e-4}
     exact, _ = get_ode_sampler(sde, (64, 2), identity, **options)(Counting(sde), z)
     table, _ = get_ode_sampler(sde, (64, 2), identity, continuous=False, **options)(discrete, z)
-    assert (exact - table).abs().max() < 1e-2
+    assert (exact - table).abs().max() < 2e-2
 
 
 # --- grids --------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_overflow_of_the_state_is_an_error():
 
 def test_unknown_ode_method_is_refused():
     sde = make("vp", 30)
-    with pytest.raises(ValueError, match=r"'RK99' is unknown; known: RK45"):
+    with pytest.raises(ValueError, match=r"'RK99' is unknown; known: dopri5"):
         get_ode_sampler(sde, (2, 3), identity, method="RK99")(Counting(sde))
 
 
@@ -558,7 +558,10 @@ def test_ode_sampler_calls_back_and_leaves_the_code_unchanged():
         sde, z.shape, identity, callback=lambda n, t, x, m: seen.append((n, t, x.shape))
     )
     _, nfe = sampler(Counting(sde), z)
-    assert len(seen) == nfe and seen[0][1] == 1.0 and seen[-1][2] == z.shape
+    counts, times, shapes = zip(*seen, strict=True)
+    assert counts[0] == 0 and counts[-1] == nfe and counts[1] == 8 and len(seen) == 1 + nfe // 6
+    assert times[0] == 1.0 and times[-1] == 1e-3 and list(times) == sorted(times, reverse=True)
+    assert set(shapes) == {z.shape}
     assert torch.equal(z, kept)
 
 
