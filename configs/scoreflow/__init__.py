@@ -1,0 +1,1 @@
+"""Experiments in the way of Song, Durkan, Murray & Ermon 2021 (ScoreFlow)."""

@@ -1,0 +1,17 @@
+"""A dequantizer for the VP SDE's DDPM++ on scikit-learn's 8 x 8 digits: minutes on a CPU.
+
+First train `configs/vp/digits_ddpmpp_continuous.py`; then this, with
+`--config.training.score_checkpoint` the workdir of that; then evaluate that with
+`--config.eval.dequantization=variational --config.eval.dequantizer` the workdir of this.
+"""
+
+from configs.families import dequantizer
+from configs.vp import digits_ddpmpp_continuous
+
+
+def get_config():
+    """Return the configuration of the experiment."""
+    config = dequantizer(digits_ddpmpp_continuous.get_config())
+    config.model.update(nf=32, couplings=4, ema_rate=0.99)
+    config.optim.update(lr=1e-3, warmup=100, schedule="cosine")
+    return config

@@ -1,0 +1,1 @@
+"""Experiments in the way of Huang, Lim & Courville 2021 (sdeflow)."""
