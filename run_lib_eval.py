@@ -14,17 +14,18 @@ import torch
 
 import data_lib
 import distributed
-import likelihood
 import losses
+import run_lib_toys
 import sde_lib
 import visualize
-from models.utils import unwrap
 from randomness import Draws, seed_for
 from run_lib_checks import check_same_experiment, check_writable, lock
+from run_lib_gaps import Gaps, table
 from run_lib_journal import log, logging_to, plain, progress_bar
+from run_lib_likelihood import ESTIMATORS, Bits, asked_for, line, mean_and_error
 from run_lib_metrics import FeatureMetrics, log_metrics, pixel_metrics
 from run_lib_results import Results, to_tensorboard, write_report
-from run_lib_samples import Sampler, code_of, conditioned, conditions
+from run_lib_samples import Sampler, conditions
 from run_lib_shards import UNREADABLE, Shards, name_of
 from run_lib_state import (
     checkpoint_path,
@@ -37,18 +38,17 @@ from run_lib_state import (
     load_averages,
 )
 
-LIKELIHOOD_EPS = 1e-5
-
 
 def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, Any]]:
     """Evaluate checkpoints of a run: loss, bits/dim, samples and their scores, as `config.eval`
     asks, each on its own, and with nothing loaded that is not asked for.
 
     Leaves in workdir/eval_folder, for checkpoint k: ckpt_<k>.json with every number and its
-    protocol, ckpt_<k>_bpd.npz (bits/dim by image and repeat), ckpt_<k>_samples.npz (uint8),
-    ckpt_<k>_samples.png and ckpt_<k>_sampling.webp; in workdir/tensorboard scalars eval/…; and
-    workdir/report.html on the last of them. Files on data of another name than those of the
-    training end in that name: ckpt_<k>_svhn.json, report_svhn.html.
+    protocol, ckpt_<k>_bpd.npz (bits/dim by image and repeat; also _bpd_elbo, _bpd_iw and _gaps),
+    ckpt_<k>_samples.npz (uint8), ckpt_<k>_samples.png and ckpt_<k>_sampling.webp; in
+    workdir/tensorboard scalars eval/…; and workdir/report.html on the last of them. Files on data
+    of another name than those of the training end in that name: ckpt_<k>_svhn.json,
+    report_svhn.html.
 
     The same command goes on where a killed one ended, with any batch size and number of processes;
     what belongs to other weights or another protocol is made anew. Under torchrun every process
@@ -97,7 +97,8 @@ def _image_sets(config):
     try:
         return distributed.in_turn(lambda: data_lib.get_image_sets(config))
     except FileNotFoundError as error:
-        if config.eval.enable_loss or config.eval.enable_bpd:
+        e = config.eval
+        if e.enable_loss or e.enable_bpd or e.gap_report:
             raise
         log.info("no comparison with images of the data set: %s", error)
         return None
@@ -121,20 +122,22 @@ class Evaluation:
     def __init__(self, config, sde, state, sets, features: FeatureMetrics | None = None):
         self.config, self.sde, self.state, self.sets = config, sde, state, sets
         self.model, self.features = state["model"], features
-        e, t = config.eval, config.training
+        e = config.eval
         if e.enable_loss:
             self.loss_fn = losses.loss_fn_from_config(config, sde, train=False)
-        if e.enable_bpd:
-            self.likelihood_fn = likelihood.get_likelihood_fn(
-                sde,
-                data_lib.get_data_inverse_scaler(config),
-                hutchinson_type=e.hutchinson_type,
-                rtol=e.rtol,
-                atol=e.atol,
-                eps=LIKELIHOOD_EPS,
-                continuous=t.continuous,
-                levels=config.data.levels,
+        self.points = data_lib.is_points(config)
+        if self.points and (e.metrics or e.gap_report):
+            raise ValueError(
+                f"points have no features and no levels, got eval.metrics={e.metrics} and "
+                f"gap_report={e.gap_report}; leave them () and False: their numbers come of "
+                "themselves"
             )
+        if self.points and e.enable_bpd:
+            self.nats = run_lib_toys.Likelihoods(config, sde, self.model, sets[1])
+        elif e.enable_bpd or e.gap_report:
+            self.bits = Bits(config, sde, self.model, sets)
+        if e.gap_report:
+            self.gaps = Gaps(self.bits)
         if e.enable_sampling:
             self.sampler = Sampler(config, sde, self.model)
 
@@ -153,10 +156,17 @@ class Evaluation:
             loss = self.loss()
             keep("loss", {}, loss=loss)
             log.info("loss %.5g on %d images", loss["mean"], loss["images"])
-        if e.enable_bpd:
-            summary = self.bpd(Path(f"{stem}_bpd.npz"), weights)
-            keep("bpd", {}, bpd=summary)
-            log.info("%s", _bpd_line(summary))
+        if self.points and e.enable_bpd:
+            self.likelihoods(keep, Path(f"{stem}_likelihood.npz"))
+        for name in () if self.points else asked_for(self.config):
+            summary = self.bits.run(name, stem, weights)
+            part = ESTIMATORS[name][0]
+            keep(part, {}, **{part: summary})
+            log.info("%s", line(summary))
+        if e.gap_report:
+            gaps = self.gaps.run(stem, weights)
+            keep("gaps", {}, gaps=gaps)
+            log.info("%s", table(gaps))
         if e.enable_sampling:
             about, scores, frames = self.sampling(stem, weights)
             features = {} if self.features is None else {"features": self.features.protocol()}
@@ -169,7 +179,15 @@ class Evaluation:
                 write_report(self.config, workdir, stem, suffix, results.content, self.sets, frames)
         return distributed.broadcast(results.content)
 
-    # --- loss and bits/dim ------------------------------------------------------------------
+    def likelihoods(self, keep, path: Path) -> None:
+        """Log-likelihoods of points, in nats, and what they are compared with, at `path`."""
+        with distributed.together():
+            found = self.nats(path) if distributed.is_main() else {}
+        keep("likelihood", {}, likelihood=found)
+        if found:
+            log.info("%s", run_lib_toys.line(found))
+
+    # --- loss -------------------------------------------------------------------------------
 
     @torch.no_grad()
     def loss(self) -> dict[str, Any]:
@@ -183,7 +201,8 @@ class Evaluation:
         share = distributed.share(len(image_set))
         with progress_bar(len(share), desc="loss", unit="image", leave=False) as bar:
             for places, (images, labels) in self._batches(image_set, share):
-                draws = Draws(config.seed, "eval", places.start, len(places), device=config.device)
+                total = len(image_set)  # of the times, where they are stratified
+                draws = Draws(config.seed, "eval", places.start, len(places), total, config.device)
                 dequantize = config.data.uniform_dequantization
                 x = data_lib.prepare(
                     images, config, config.device, dequantize=dequantize, draws=draws
@@ -194,74 +213,7 @@ class Evaluation:
                 bar.update(len(places))
         mine = np.concatenate(values) if values else np.zeros(0)
         values = np.concatenate(distributed.gather(mine))
-        return {**_mean_and_error(values), "images": len(values)}
-
-    def bpd(self, path: Path, weights: str) -> dict[str, Any]:
-        """Bits/dim of every image once per repeat, each under uniform dequantisation noise and a
-        probe of its own, kept at `path`.
-
-        The standard error is over images, of each image's mean over repeats.
-        """
-        config, e = self.config, self.config.eval
-        of_training = e.bpd_dataset.lower() == "train"
-        image_set = self.sets[0 if of_training else 1]
-        count = min(e.bpd_num_images or len(image_set), len(image_set))
-        repeats = e.bpd_repeats or (1 if of_training else 5)
-        about = {
-            "repeats": repeats,
-            "dataset": image_set.name,
-            "dequantization": "uniform",
-            "levels": config.data.levels,
-            "trace_estimator": e.hutchinson_type,
-            "seeds": "one per image and repeat",
-            "solver": "SciPy RK45, its steps for a batch",
-            "rtol": e.rtol,
-            "atol": e.atol,
-            "eps": LIKELIHOOD_EPS,
-        }
-        made_by = {
-            **about,
-            "weights": weights,
-            "config": {name: plain(config)[name] for name in ("model", "seed")},
-            "training": [config.training.sde, config.training.continuous],
-            "images": [len(image_set), image_set.shape, _fingerprint(image_set)],
-            "centered": config.data.centered,
-            "device": config.device.type,
-            "code": code_of(self.sde, unwrap(self.model), likelihood.get_likelihood_fn),
-        }
-
-        def work(places: range) -> dict[str, np.ndarray]:
-            return self._bits(image_set, places, repeats)
-
-        shards = Shards(path, made_by)
-        shards.fill(count, max(e.batch_size // repeats, 1), work, "bits/dim", "image")
-        rows = shards.read(count)
-        per_image = rows["bpd"].mean(axis=1)
-        evaluations = float(rows["evaluations"].mean())
-        return {
-            **_mean_and_error(per_image),
-            "images": count,
-            **about,
-            "evaluations_per_batch": evaluations,
-        }
-
-    def _bits(self, image_set, places: range, repeats: int) -> dict[str, np.ndarray]:
-        """Bits/dim of the images at these places, `repeats` times each; their indices."""
-        config = self.config
-        chosen = fixed_subset(len(image_set), places.stop)[places.start :]
-        images, labels = image_set.batch(chosen)
-        images = images.repeat_interleave(repeats, dim=0)
-        labels = None if labels is None else labels.repeat_interleave(repeats)
-        first = places.start * repeats
-        draws = Draws(config.seed, ("bpd", repeats), first, len(images), device=config.device)
-        x = data_lib.prepare(images, config, config.device, dequantize=True, draws=draws)
-        told = conditioned(config, self.sde, self.model, conditions(config, labels))
-        values, _, nfe = self.likelihood_fn(told, x, draws=draws)
-        return {
-            "bpd": values.double().cpu().numpy().reshape(-1, repeats),
-            "index": chosen.numpy(),
-            "evaluations": np.full(len(places), float(nfe)),
-        }
+        return {**mean_and_error(values), "images": len(values)}
 
     def _batches(self, image_set, share: range) -> Iterator[tuple[range, data_lib.Batch]]:
         """This process's part of the set in its fixed order: places, and what is there."""
@@ -309,12 +261,15 @@ class Evaluation:
                 samples = torch.from_numpy(rows["samples"])
                 scores = self._with_pixels(samples, scores)
                 frames = _read_frames(film, made_by)
-                visualize.save_grid(samples[:256], f"{stem}_samples.png")
+                shown = samples if self.points else samples[:256]
+                visualize.save_grid(shown, f"{stem}_samples.png")
                 if frames:
                     visualize.animation(frames, f"{stem}_sampling.webp")
         return about, scores, frames
 
     def _with_pixels(self, samples: torch.Tensor, scores: dict | None) -> dict[str, Any]:
+        if self.points:
+            return run_lib_toys.scores(self.config, samples)
         if self.sets is None:
             return scores or {"notes": ["no images of the data set to compare with"]}
         on_pixels = pixel_metrics(samples, *self.sets)
@@ -336,19 +291,8 @@ class Evaluation:
         }
 
 
-def _mean_and_error(values: np.ndarray) -> dict[str, Any]:
-    error = float(values.std(ddof=1) / len(values) ** 0.5) if len(values) > 1 else None
-    return {"mean": float(values.mean()), "standard_error": error}
-
-
 def _whole(value) -> float | int:
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _fingerprint(image_set) -> str:
-    """A hash of images spread over the set: another set of the same name has another."""
-    spread = np.unique(np.linspace(0, len(image_set) - 1, 16).astype(int))
-    return name_of({"pixels": image_set.take(spread).numpy().tobytes().hex()})
 
 
 def _write_frames(path: Path, frames, made_by: dict[str, Any]) -> None:
@@ -364,11 +308,3 @@ def _read_frames(path: Path, made_by: dict[str, Any]):
         if str(file["made_by"]) == name_of(made_by):
             return [(float(t), torch.from_numpy(x)) for t, x in zip(file["times"], file["frames"])]
     return None
-
-
-def _bpd_line(bpd: dict[str, Any]) -> str:
-    return (
-        f"bits/dim {bpd['mean']:.4f} ± {bpd['standard_error'] or float('nan'):.4f} on "
-        f"{bpd['images']} images of {bpd['dataset']}, {bpd['repeats']} repeats, "
-        f"{bpd['evaluations_per_batch']:.0f} evaluations"
-    )

@@ -99,19 +99,21 @@ def same(a, b, tolerance=1e-4):
 
 
 def _noise_and_probe(*args, **kwargs):
-    """In place of the likelihood, whose step sizes belong to a batch: the noise of each image."""
+    """In place of the likelihood, which takes long: the noise of each image."""
 
     def likelihood_fn(model, data, *, draws):
         values = data.flatten(1).double() @ torch.linspace(0, 1, 64, dtype=torch.float64)
         probes = divergence.get_probe("Rademacher")(data, draws).flatten(1)
-        return values + 100 * (probes @ torch.linspace(0, 1, 64)), None, 44
+        logp = values + 100 * (probes @ torch.linspace(0, 1, 64))
+        calls = torch.full((len(data),), 44)
+        return likelihood.Likelihood(logp, torch.full_like(logp, torch.nan), None, calls, {})
 
     return likelihood_fn
 
 
 def _evaluate(workdir, folder, changes):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(likelihood, "get_likelihood_fn", _noise_and_probe)
+        patch.setattr(likelihood, "get_ode_likelihood_fn", _noise_and_probe)
         config = few("loss", "bpd", "sampling", **changes)
         return run_lib.evaluate(config, workdir, folder)[3]
 
@@ -134,7 +136,7 @@ def test_numbers_do_not_depend_on_batch_size_and_processes(run, batch, processes
 
 def test_every_image_is_scored_once_per_repeat(run, monkeypatch):
     config = few("bpd", eval__bpd_num_images=0, eval__batch_size=128)
-    monkeypatch.setattr(likelihood, "get_likelihood_fn", _noise_and_probe)
+    monkeypatch.setattr(likelihood, "get_ode_likelihood_fn", _noise_and_probe)
     bpd = run_lib.evaluate(config, run, "all")[3]["bpd"]
     saved = np.load(run / "all" / "ckpt_3_bpd.npz")
     assert (bpd["images"], saved["bpd"].shape) == (300, (300, 2))
@@ -171,7 +173,7 @@ class Killed(BaseException):
 def test_what_a_killed_evaluation_left_is_kept_and_counted_once(run, monkeypatch, part, after):
     folder, calls = f"killed_{part}_{after}", []
     whole = run_lib_shards.Shards._write
-    monkeypatch.setattr(likelihood, "get_likelihood_fn", _noise_and_probe)
+    monkeypatch.setattr(likelihood, "get_ode_likelihood_fn", _noise_and_probe)
 
     def die(self, path, arrays, places, compress=False):
         if len(calls) == after:
