@@ -1,8 +1,8 @@
-"""Image sets, their batches, and the way from 8-bit pixels to what a network sees.
+"""Data sets, their batches, and the way from 8-bit pixels to what a network sees.
 
 An image set holds integers x in 0 ... levels - 1. `prepare` turns a batch of them into floats on
 the device: x / (levels - 1), or (x + u) / levels with u uniform in [0, 1) where the images are
-dequantised, then the scaler of the configuration.
+dequantised, then the scaler of the configuration. Points (`data_lib_points.py`) pass as they are.
 """
 
 import math
@@ -17,14 +17,18 @@ import torch.nn.functional as F
 
 from data_lib_batches import Batch, eval_batches, train_batches
 from data_lib_files import ImageFiles, list_images, split_images
+from data_lib_points import PointSet, get_point_sets, is_points, point_sets
 
 __all__ = [
     "Batch",
     "ImageSet",
+    "PointSet",
+    "data_shape",
     "eval_batches",
     "get_data_inverse_scaler",
     "get_data_scaler",
     "get_image_sets",
+    "is_points",
     "prepare",
     "quantize",
     "resize",
@@ -39,7 +43,15 @@ Scaler = Callable[[Any], Any]
 
 
 def get_data_scaler(config) -> Scaler:
-    """Return the map from [0, 1] to the network's range: [-1, 1] if ``data.centered``."""
+    """Return the map from [0, 1] to the network's range: [-1, 1] if ``data.centered``.
+
+    With a = ``data.logit_alpha`` > 0 it is logit(a + (1 - 2a) x) of tensors, the whole line being
+    the range of x a little beyond [0, 1] (Dinh et al. 2017, section 4.1).
+
+    Raises ValueError for both.
+    """
+    if alpha := _logit_alpha(config):
+        return lambda x: torch.logit(alpha + (1 - 2 * alpha) * x)
     if config.data.centered:
         return lambda x: x * 2.0 - 1.0
     return lambda x: x
@@ -47,9 +59,21 @@ def get_data_scaler(config) -> Scaler:
 
 def get_data_inverse_scaler(config) -> Scaler:
     """Return the inverse of ``get_data_scaler``."""
+    if alpha := _logit_alpha(config):
+        return lambda x: (torch.sigmoid(x) - alpha) / (1 - 2 * alpha)
     if config.data.centered:
         return lambda x: (x + 1.0) / 2.0
     return lambda x: x
+
+
+def _logit_alpha(config) -> float:
+    alpha = config.data.get("logit_alpha", 0.0)
+    if alpha and config.data.centered:
+        raise ValueError(
+            f"data.logit_alpha={alpha} and data.centered=True both choose the network's range; set "
+            "--config.data.centered=False"
+        )
+    return alpha
 
 
 @dataclass(frozen=True)
@@ -67,6 +91,8 @@ class ImageSet:
     levels: int = 256
     files: ImageFiles | None = None
     workers: int = 0
+
+    unit = "images"
 
     def __post_init__(self):
         if (self.images is None) == (self.files is None):
@@ -131,10 +157,13 @@ def prepare(
     "dequantize", to each image by its place in the global batch. Else ``generator``, or the
     device's default one, draws the flips, then u, for the batch. Each draws on its own device, so
     that one of the CPU gives the same batch on every device. Images go to the device as bytes, to a
-    GPU from pinned memory without waiting.
+    GPU from pinned memory without waiting. A floating-point batch of points has neither sides nor
+    levels, and goes there as it is.
 
     Raises ValueError where the images are not uint8 of four dimensions, or as many as the draws.
     """
+    if is_points(config) and images.is_floating_point():
+        return images.to(images.device if device is None else device)
     if images.dtype != torch.uint8 or images.ndim != 4:
         raise ValueError(
             f"expected uint8 images of shape (b, C, H, W), got {images.dtype} of shape "
@@ -170,6 +199,14 @@ def prepare(
     return get_data_scaler(config)(x)
 
 
+def data_shape(config) -> tuple[int, ...]:
+    """Return the shape of one datum as a network sees it: (C, H, W) of images, (2,) of points."""
+    data = config.data
+    if is_points(config):
+        return (data.num_channels,)
+    return (data.num_channels, data.image_size, data.image_size)
+
+
 def quantize(x: torch.Tensor, config) -> torch.Tensor:
     """Return images x (b, C, H, W) in [0, 1] as uint8 levels: the inverse of ``prepare``.
 
@@ -185,8 +222,8 @@ def quantize(x: torch.Tensor, config) -> torch.Tensor:
 # Image sets
 
 
-def get_image_sets(config) -> tuple[ImageSet, ImageSet]:
-    """Return the training and the evaluation set that ``config.data`` names.
+def get_image_sets(config) -> tuple[ImageSet, ImageSet] | tuple[PointSet, PointSet]:
+    """Return the training and the evaluation set that ``config.data`` names, of images or points.
 
     Images have ``data.num_channels`` channels and ``data.image_size`` pixels a side; others are
     converted, and resized with antialiasing. Which images are held out never depends on the seed.
@@ -208,10 +245,13 @@ def get_image_sets(config) -> tuple[ImageSet, ImageSet]:
         "celebahq": _folder,
     }
     data = config.data
+    if is_points(config):
+        return get_point_sets(config)
     if data.dataset.lower() not in loaders:
         raise ValueError(
-            f"config.data.dataset: expected one of {', '.join(loaders)}, got {data.dataset!r}; "
-            "use 'folder' with config.data.path for images of your own"
+            f"config.data.dataset: expected one of {', '.join(loaders)}, or a set of points "
+            f"({', '.join(point_sets())}), got {data.dataset!r}; use 'folder' with "
+            "config.data.path for images of your own"
         )
     if data.num_channels not in (1, 3):
         raise ValueError(

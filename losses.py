@@ -1,7 +1,9 @@
 """Training: objectives, the optimizer, and one step that a non-finite number cannot spoil.
 
-The objectives are here; what their weights mean is written out in `losses_weights.py`, the
-optimizer in `losses_optim.py`, the step in `losses_step.py`. Their names are here too.
+Denoising objectives are here; explicit, implicit, sliced and annealed ones in `losses_implicit.py`,
+a classifier's in `losses_classifier.py`.
+What their weights mean is written out in `losses_weights.py`; the optimizer is in
+`losses_optim.py`, the step in `losses_step.py`. Their names are here too.
 """
 
 from __future__ import annotations
@@ -11,7 +13,15 @@ from collections.abc import Callable
 import torch
 
 import sde_lib
+from losses_classifier import get_classifier_loss_fn
+from losses_implicit import (
+    get_annealed_loss_fn,
+    get_explicit_loss_fn,
+    get_implicit_loss_fn,
+    times_from_config,
+)
 from losses_optim import get_optimizer, gradient_norm, optimization_manager
+from losses_registry import get_objective, register_objective
 from losses_step import EvaluationStep, Objective, TrainingStep
 from losses_weights import check_weighting, own_error, relative_weight
 from models.utils import get_model_fn, get_score_fn, unwrap
@@ -21,8 +31,13 @@ __all__ = [
     "EvaluationStep",
     "Objective",
     "TrainingStep",
+    "get_annealed_loss_fn",
+    "get_classifier_loss_fn",
     "get_ddpm_loss_fn",
+    "get_explicit_loss_fn",
+    "get_implicit_loss_fn",
     "get_loss_fn",
+    "get_objective",
     "get_optimizer",
     "get_sde_loss_fn",
     "get_smld_loss_fn",
@@ -30,6 +45,7 @@ __all__ = [
     "gradient_norm",
     "loss_fn_from_config",
     "optimization_manager",
+    "register_objective",
     "step_fn_from_config",
 ]
 
@@ -196,12 +212,33 @@ def get_loss_fn(
     )
 
 
+@register_objective(name="denoising")
+def _denoising(config, sde, train: bool) -> Objective:
+    """Denoising score matching at the one noise level `training.sigma` (Vincent 2011)."""
+    t = config.training
+    if not t.sigma:
+        raise ValueError(
+            "training.objective='denoising' is at one noise level; set training.sigma, or leave "
+            "the objective '' for all of them"
+        )
+    times, likelihood = times_from_config(config, sde), t.likelihood_weighting
+    options = {"weighting": t.weighting, "min_snr_gamma": t.min_snr_gamma, "time_sampler": times}
+    return get_sde_loss_fn(sde, train, t.reduce_mean, True, likelihood, t.eps, **options)
+
+
 def loss_fn_from_config(config, sde, train: bool) -> Objective:
     """The objective that `config.training` describes.
 
-    Raises: ValueError for settings that contradict each other.
+    Raises: ValueError for settings that contradict each other, and an unknown objective.
     """
     t, m = config.training, config.model
+    if t.objective:
+        return get_objective(t.objective)(config, sde, train)
+    if t.sigma:
+        raise ValueError(
+            f"training.sigma={t.sigma} is read by the objectives 'denoising', 'explicit', "
+            "'implicit' and 'sliced'; set training.objective, or leave sigma 0.0"
+        )
     if t.likelihood_weighting and t.weighting not in ("", "likelihood"):
         raise ValueError(
             f"training.likelihood_weighting=True and training.weighting={t.weighting!r} both "

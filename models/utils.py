@@ -17,7 +17,7 @@ from parametrization import (
 )
 
 _MODELS: dict[str, type] = {}
-_BUILTIN_MODULES = ("ddpm", "ncsnpp", "ncsnv2")
+_BUILTIN_MODULES = ("classifier", "ddpm", "ncsnpp", "ncsnv2", "dequantizer", "mlp")
 
 
 def register_model(cls=None, *, name: str | None = None):
