@@ -7,6 +7,8 @@ r"""Train, evaluate and sample score-based generative models, convert checkpoint
         --workdir runs/y --mode train
     python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode sample \
         --num 100 --output samples/
+    python main.py --config configs/vp/digits_ddpmpp_continuous.py --workdir runs/x --mode control \
+        --config.control.task=inpaint --config.control.mask=centre
     python main.py --config configs/ve/cifar10_ncsnpp_continuous.py --mode stats
     python main.py --mode convert --input checkpoint_24.pth --output ffhq --format diffusers \
         --config configs/ve/ffhq_ncsnpp_continuous.py
@@ -30,7 +32,7 @@ from ml_collections import config_flags
 FLAGS = flags.FLAGS
 #: Of the processes that torchrun starts on this machine, not the first.
 _LATER = os.environ.get("LOCAL_RANK", "0") != "0"
-MODES = ("train", "eval", "sample", "stats", "convert")
+MODES = ("train", "eval", "sample", "control", "stats", "convert")
 
 flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, logs, results.")
 flags.DEFINE_enum("mode", None, MODES, "What to do.")
@@ -40,11 +42,12 @@ flags.DEFINE_string(
     "output",
     None,
     "convert: where to write it; a folder for diffusers. sample: a folder for PNG files, a path in "
-    ".png for a grid, in .npz for an array; workdir/samples/ckpt_<k>.",
+    ".png for a grid, in .npz for an array; workdir/samples/ckpt_<k>. control: a folder; "
+    "workdir/control/<task>.",
 )
 flags.DEFINE_integer("num", 64, "sample: how many.")
 flags.DEFINE_integer("first", 0, "sample: the number of the first; sample i is always the same.")
-flags.DEFINE_integer("checkpoint", -1, "sample: of which checkpoint; -1 = the newest.")
+flags.DEFINE_integer("checkpoint", -1, "sample, control: of which checkpoint; -1 = newest.")
 flags.DEFINE_integer("label", -1, "sample: the class of all; -1 = every class in turn.")
 flags.DEFINE_float(
     "ema_width",
@@ -121,6 +124,10 @@ def _run(config) -> None:
         run_lib.train(config, FLAGS.workdir)
     elif FLAGS.mode == "eval":
         run_lib.evaluate(config, FLAGS.workdir, FLAGS.eval_folder)
+    elif FLAGS.mode == "control":
+        from run_lib_control import control
+
+        control(config, FLAGS.workdir, FLAGS.output or "", checkpoint=FLAGS.checkpoint)
     elif FLAGS.mode == "stats":
         run_lib.statistics(config, FLAGS.workdir)
     else:

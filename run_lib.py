@@ -48,7 +48,8 @@ def describe(config, train_set, eval_set) -> str:
         cost = f"no estimate of its cost ({type(error).__name__}: {error})"
     return (
         f"{config.model.name}, {config.training.sde} on "
-        f"{train_set.name} ({len(train_set):,} images of {'x'.join(map(str, train_set.shape))}, "
+        f"{train_set.name} ({len(train_set):,} {train_set.unit} of "
+        f"{'x'.join(map(str, train_set.shape))}, "
         f"{len(eval_set):,} held out), batch {config.training.batch_size}, seed {config.seed}, "
         f"on {f'{processes} × ' if processes > 1 else ''}{config.device.type}: {cost}"
     )

@@ -14,6 +14,8 @@ import distributed
 from configs.validation import flatten
 from run_lib_journal import log, plain
 
+#: Objectives whose networks are no scores: they draw no samples and have no likelihood.
+NO_SCORE = ("classifier", "dequantization")
 #: The keys, or sections, that weights already trained depend on …
 _WEIGHTS = (
     "model",

@@ -11,23 +11,29 @@ from typing import Any
 import numpy as np
 import torch
 
+import data_lib
 import evaluation
 import visualize_report
 from run_lib_journal import log, plain, read_history, write_json
+from run_lib_likelihood import ESTIMATORS, NOTES, count
 from run_lib_metrics import TRAIN_IMAGES, real_images, unit
 from run_lib_shards import UNREADABLE
 
 #: Largest number of numbers an image may have, for its nearest training image to be looked for.
 NEIGHBOR_NUMBERS = 3 * 64 * 64
+#: Points of the model, and true ones, in the report.
+POINTS_SHOWN = 2000
 #: Curves over checkpoints, by what they are called: where they are in the results.
 _CURVES = {
     "FID": ("metrics", "fid", "fid_se"),
     "KID": ("metrics", "kid", "kid_se"),
-    "bits/dim": ("bpd", "mean", "standard_error"),
+    **{label: (part, "mean", "standard_error") for part, label in ESTIMATORS.values()},
     "loss": ("loss", "mean", "standard_error"),
 }
 #: Ends of the names of numbers that are chosen, not found: no curves.
 _SETTINGS = ("_seed", "_num_subsets", "_subset_size", "_num_splits")
+#: Beginnings of the names of numbers that are found, not chosen.
+_OUTCOMES = ("mean", "standard_error", "evaluations", "terms", "by_samples", "effective")
 
 
 class Results:
@@ -62,7 +68,7 @@ def to_tensorboard(workdir: Path, results: dict[str, Any], suffix: str) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(workdir / "tensorboard")) as writer:
-        for part in ("loss", "bpd", "metrics"):
+        for part in ("loss", "metrics", *(part for part, _ in ESTIMATORS.values())):
             for name, value in results.get(part, {}).items():
                 real = isinstance(value, numbers.Real) and not isinstance(value, bool)
                 if real and not name.endswith(_SETTINGS):
@@ -78,11 +84,16 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
       sets: the training and the evaluation images; None where they are not there.
       frames: of the sampling of some samples, or None.
     """
-    bpd = _rows_of(stem, "bpd") if "bpd" in results else None
-    samples = _rows_of(stem, "samples", 300) if "sampling" in results else None
-    samples = None if samples is None else unit(torch.from_numpy(samples))
+    points = data_lib.is_points(config)
+    count = POINTS_SHOWN if points else 300
+    samples = _rows_of(stem, "samples", count) if "sampling" in results else None
+    samples = None if samples is None else torch.from_numpy(samples)
     real, neighbors = None, None
-    if samples is not None and sets is not None:
+    if points and samples is not None:
+        real = sets[1].take(range(len(samples)))
+    elif samples is not None:
+        samples = unit(samples)
+    if samples is not None and sets is not None and not points:
         real = real_images(sets[1], 64)
         if samples[0].numel() <= NEIGHBOR_NUMBERS:
             train = real_images(sets[0], TRAIN_IMAGES)
@@ -101,30 +112,59 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
         train_neighbors=neighbors,
         loss_history=read_history(workdir),
         frames=frames,
-        bpd=None if bpd is None else bpd.mean(axis=1),
+        bpd=_bits(stem, results),
+        gaps=results.get("gaps"),
         metrics=results.get("metrics"),
         rows=_rows(results),
         curves=curves(stem.parent, suffix, results),
         protocol=protocol_rows(results),
+        max_images=POINTS_SHOWN if points else 64,
         max_pairs=96 if config.data.image_size <= 16 else 48,
     )
     log.info("results in %s.json, report in %s", stem, path)
 
 
-def _rows_of(stem: Path, name: str, count: int | None = None) -> np.ndarray | None:
-    """The first rows of `stem`_<name>.npz; None where it is gone or damaged: the numbers of an
-    earlier evaluation are in the JSON still."""
-    with contextlib.suppress(*UNREADABLE), np.load(f"{stem}_{name}.npz") as file:
-        return file[name][:count]
+def _bits(stem: Path, results) -> dict[str, tuple[np.ndarray, str]]:
+    """Bits/dim by image of every estimator, with a note, by its name in the report."""
+    found = {}
+    for part, label in ESTIMATORS.values():
+        rows = _rows_of(stem, part, name="bpd") if part in results else None
+        if rows is not None:
+            note = f"{NOTES[part]} {count(len(rows), 'image')}."
+            found[label.replace("bits/dim", "Bits per dimension")] = rows.mean(axis=1), note
+    return found
+
+
+def _rows_of(stem: Path, part: str, first: int | None = None, name="") -> np.ndarray | None:
+    """The first rows of an array, by default the part's own, of `stem`_<part>.npz; None where it is
+    gone or damaged: the numbers of an earlier evaluation are in the JSON still."""
+    with contextlib.suppress(*UNREADABLE), np.load(f"{stem}_{part}.npz") as file:
+        return file[name or part][:first]
     return None
 
 
 def _rows(results) -> list[visualize_report.Row]:
     loss = results.get("loss")
+    rows = _rows_of_points(results["likelihood"]) if "likelihood" in results else []
     if not loss:
-        return []
+        return rows
     note = f"Mean over {loss['images']:,} held-out images, under fixed times and noise."
-    return [("Loss", loss["mean"], loss.get("standard_error"), note)]
+    return [("Loss", loss["mean"], loss.get("standard_error"), note), *rows]
+
+
+#: Rows of likelihoods of points: the key, the name, how to read it.
+_NATS = (
+    ("log_likelihood", "log p, nats", "Of held-out points by the probability-flow ODE."),
+    ("elbo", "ELBO, nats", "A lower bound for the reverse SDE."),
+    ("truth", "log p of the truth, nats", "Of the same points; no model can do better on average."),
+    ("kl", "KL(truth‖model), nats", "The difference of the two; 0 is perfect."),
+)
+
+
+def _rows_of_points(found: dict[str, Any]) -> list[visualize_report.Row]:
+    return [
+        (name, found[key]["mean"], found[key]["standard_error"], note) for key, name, note in _NATS
+    ]
 
 
 def curves(folder: Path, suffix: str, results) -> dict[str, tuple[list, list, list]]:
@@ -152,8 +192,7 @@ def _how(results: dict[str, Any], part: str) -> Any:
     """What two checkpoints must have in common for their numbers to be compared."""
     protocol = results["protocol"].get("sampling" if part == "metrics" else part, {})
     if part != "metrics":
-        outcome = ("mean", "standard_error", "evaluations_per_batch")
-        how = {key: v for key, v in results.get(part, {}).items() if key not in outcome}
+        how = {key: v for key, v in results.get(part, {}).items() if not key.startswith(_OUTCOMES)}
         return protocol.get("weights"), how
     features = protocol.get("features", {})
     extractor, reference = features.get("extractor", {}), features.get("reference", {})
@@ -183,17 +222,28 @@ def protocol_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
              f"{origin}; {Path(reference['file']).name}"),
             ("reference statistics", f"SHA-256 {reference['sha256']}"),
         ]  # fmt: skip
-    if "bpd" in results:
-        b = results["bpd"]
-        rows += [
-            ("bits/dim", f"{b['images']:,} images of {b['dataset']}, {b['repeats']} repeats, "
-             f"{b['dequantization']} dequantisation of {b['levels']} levels"),
-            ("likelihood", f"{b['trace_estimator']} probe, rtol {b['rtol']:g}, atol {b['atol']:g}, "
-             f"eps {b['eps']:g}, {b['evaluations_per_batch']:.0f} evaluations"),
-        ]  # fmt: skip
+    for part, label in ESTIMATORS.values():
+        if part in results:
+            rows += _bits_rows(label, results[part])
     last = list(protocol.values())[-1] if protocol else {}
     versions = ", ".join(f"{name} {version}" for name, version in last.get("versions", {}).items())
     return [*rows, ("seed", str(last.get("seed"))), ("versions", versions)]
+
+
+def _bits_rows(label: str, b: dict[str, Any]) -> list[tuple[str, str]]:
+    how = f"eps {b['eps']:g}"
+    if "points" in b:
+        how += f", {count(b['points'], 'time')} an image"
+    else:
+        how += f", {b['trace_estimator']} trace, {count(b.get('probes', 1), 'probe')}, "
+        how += f"{b.get('solver', 'RK45')}, rtol {b['rtol']:g}, atol {b['atol']:g}"
+    if "samples" in b:
+        how += f", {count(b['samples'], 'dequantisation')} in one bound"
+    if "evaluations_mean" in b:
+        how += f", {b['evaluations_mean']:.0f} evaluations an image"
+    images = f"{count(b['images'], 'image')} of {b['dataset']}, {count(b['repeats'], 'repeat')}, "
+    images += f"{b['dequantization']} dequantisation of {b['levels']} levels"
+    return [(label, f"{images}; {how}")]
 
 
 def _weights(results) -> str:

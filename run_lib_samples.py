@@ -31,8 +31,9 @@ from run_lib_state import (
     load_averages,
 )
 
-#: Samples whose way from noise is kept for the report's animation, and the number of frames.
-ANIMATED, FRAMES = 16, 40
+#: Samples whose way from noise is kept for the report's animation, images or points, and the number
+#: of frames.
+ANIMATED, ANIMATED_POINTS, FRAMES = 16, 1000, 40
 
 
 def sampling_eps(config, sde) -> float:
@@ -40,10 +41,9 @@ def sampling_eps(config, sde) -> float:
     return config.sampling.eps or sde.sampling_eps
 
 
-def image_shape(config, n: int) -> tuple[int, int, int, int]:
-    """The shape of n images."""
-    size = config.data.image_size
-    return n, config.data.num_channels, size, size
+def image_shape(config, n: int) -> tuple[int, ...]:
+    """The shape of n images, or points."""
+    return n, *data_lib.data_shape(config)
 
 
 def conditions(config, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -134,7 +134,8 @@ class Sampler:
         )
 
     def __call__(self, places: range) -> tuple[torch.Tensor, int]:
-        """The samples with these numbers, uint8 (n, C, H, W) of 256 levels, and the evaluations.
+        """The samples with these numbers, images uint8 (n, C, H, W) of 256 levels or points float32
+        (n, 2), and the evaluations.
 
         The batch that begins with sample 0 leaves `frames` of its first samples.
         """
@@ -144,6 +145,8 @@ class Sampler:
         seeds = None if self.by_batch else [seed_for(seed, "sample", i) for i in places]
         torch.manual_seed(seed_for(seed, "sample", places.start))
         samples, evaluations = self._sampling_fn(n, seeds, callback)(self.told(known))
+        if data_lib.is_points(self.config):
+            return samples.float().cpu(), int(evaluations)
         levels = data_lib.quantize(samples, self.config).cpu()
         return as_bytes(levels, self.config.data.levels), int(evaluations)
 
@@ -168,12 +171,13 @@ class Sampler:
         """A callback that keeps about FRAMES states of the first samples, evenly over the steps."""
         s, self.frames = self.config.sampling, []
         steps = s.steps or self.process.N
+        shown = ANIMATED_POINTS if data_lib.is_points(self.config) else ANIMATED
         every = max(steps // FRAMES, 1) if s.method == "pc" else 1
 
         def callback(i, t, x, x_mean):
             if i % every == 0 or i == steps - 1:
                 state = x_mean if i == steps - 1 else x
-                self.frames.append((float(t), self.inverse_scaler(state[:ANIMATED]).cpu()))
+                self.frames.append((float(t), self.inverse_scaler(state[:shown]).cpu()))
             if len(self.frames) > 4 * FRAMES:  # of a sampler that sets its own steps
                 del self.frames[1::2]
 
@@ -257,6 +261,7 @@ def sample(
       output: a path that ends in .npz for one array (`samples`, uint8 (n, C, H, W), with `numbers`
         and, of class-conditional networks, `labels`); in .png or another image extension for one
         grid; else a folder for a PNG file of each sample. By default workdir/samples/ckpt_<k>.
+        Points (n, 2) go to an array or a picture, by default workdir/samples/ckpt_<k>.npz.
       checkpoint: its number; -1 is the newest.
       label: of all samples; -1 = every class in turn.
 
@@ -267,8 +272,10 @@ def sample(
             config, workdir = complete_here(config), Path(workdir)
             config.eval.begin_ckpt = config.eval.end_ckpt = checkpoint
             number = find_checkpoints(config, workdir)[-1]
-            path = Path(output or workdir / "samples" / f"ckpt_{number}").expanduser()
-            write = _writer(path)
+            points = data_lib.is_points(config)
+            name = f"ckpt_{number}.npz" if points else f"ckpt_{number}"
+            path = Path(output or workdir / "samples" / name).expanduser()
+            write = _writer(path, files=not points)
             if num < 1 or first < 0:
                 raise ValueError(f"expected num ≥ 1 and first ≥ 0, got {num} and {first}")
             if distributed.is_main():
@@ -299,7 +306,8 @@ def _draw(draw: Sampler, numbers: range, path: Path, write: Callable):
         mine = numbers[share.start * size : share.stop * size]
     else:
         mine = numbers[share.start : share.stop]
-    kept = [torch.empty(image_shape(draw.config, 0), dtype=torch.uint8)]
+    dtype = torch.float32 if data_lib.is_points(draw.config) else torch.uint8
+    kept = [torch.empty(image_shape(draw.config, 0), dtype=dtype)]
     with progress_bar(len(mine), desc="samples", unit="image", leave=False) as bar:
         for i in range(0, len(mine), size):
             places = mine[i : i + size]
@@ -312,7 +320,7 @@ def _draw(draw: Sampler, numbers: range, path: Path, write: Callable):
     return torch.cat(distributed.gather(torch.cat(kept))), np.asarray(numbers)
 
 
-def _writer(path: Path) -> Callable:
+def _writer(path: Path, files: bool) -> Callable:
     from PIL import Image
 
     if path.suffix.lower() == ".npz":
@@ -323,6 +331,11 @@ def _writer(path: Path) -> Callable:
         raise ValueError(
             f"--output {path}: expected a folder, or a path that ends in .npz or .png, and it is "
             "a file; choose another"
+        )
+    if not files:
+        raise ValueError(
+            f"--output {path}: expected a path that ends in .npz, or in .png for a picture: points "
+            "have no files of their own"
         )
     return _write_files
 

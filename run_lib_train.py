@@ -17,12 +17,15 @@ import torch
 import data_lib
 import distributed
 import losses
+import run_lib_dequantization  # noqa: F401  (registers the objective 'dequantization')
+import run_lib_objectives  # noqa: F401  (registers 'explicit' and 'elbo')
 import sampling
 import visualize
 from checkpoints import restore_newest, save_checkpoint
 from models.layers import LabelEmbedding
 from models.utils import unwrap
 from randomness import Draws, seed_for
+from run_lib_checks import NO_SCORE
 from run_lib_journal import Journal, log
 from run_lib_samples import Sampler, conditions, every_class, image_shape
 from run_lib_state import fixed_subset
@@ -159,7 +162,7 @@ class Run:
         self.state, self.steps = state, steps
         self.resume_path = workdir / "checkpoints-meta" / "checkpoint.pth"
         self.saved_at = -1
-        self.sample = _sampler(config, sde, state["model"])
+        self.sample: Any = _sampler(config, sde, state["model"])
 
     def restore(self) -> None:
         """Load the last good checkpoint, if there is one.
@@ -276,11 +279,18 @@ def _there(path: Path) -> bool:
 
 def _sampler(config, sde, model):
     """sample(stop) -> this process's part of the snapshot's samples, the evaluations, and why there
-    are none.
+    are none; None where the network is no score.
 
     Raises: ValueError, now, for what cannot be sampled.
     """
     t = config.training
+    if t.objective in NO_SCORE:
+        if t.snapshot_sampling:
+            raise ValueError(
+                f"training.objective={t.objective!r} trains no network that draws samples; use "
+                "--config.training.snapshot_sampling=False"
+            )
+        return None
     share = distributed.share(t.num_snapshot_samples or min(t.batch_size, 64))
     labels = every_class(config, share.stop)
     known = conditions(config, labels[share.start :]) if labels is not None and share else {}

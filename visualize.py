@@ -1,7 +1,7 @@
 """Pictures of samples, curves of training, animations of sampling.
 
-Images are (n, C, H, W) in [0, 1] with one or three channels. matplotlib and Pillow are imported
-where they are used; nothing here touches matplotlib's global state.
+Images are (n, C, H, W) in [0, 1] with one or three channels, or points (n, 2). matplotlib and
+Pillow are imported where they are used; nothing here touches matplotlib's global state.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+
+from visualize_points import points_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -98,10 +100,12 @@ def image_grid(
 
     `ncols` is by default the least that makes the grid no higher than wide in tiles; `scale`
     enlarges each pixel to a block and is by default the least that makes the grid 400 wide;
-    `padding` is in pixels of the result, between tiles only.
+    `padding` is in pixels of the result, between tiles only. Points (n, 2) are dots on one plane.
 
     Errors: as to_uint8; ValueError for channels other than 1 or 3.
     """
+    if images.ndim == 2:
+        return points_image(images)
     n, width = len(images), images.shape[-1]
     ncols = min(ncols or math.ceil(math.sqrt(n)), n)
     return _to_pil(_tile(_pixels(images, _scale(scale, ncols * width)), ncols, padding))
@@ -343,6 +347,44 @@ def histogram(
         axes.axvline(mark, color=_ORANGE, linewidth=2, label=f"{mark_label} {mark:.4g}")
         axes.legend(frameon=False)
     return figure
+
+
+def bar_chart(names: Sequence[str], values: Any, errors: Any, xlabel: str) -> Figure:
+    """Horizontal bars from the top, each with its error bar and its value in words.
+
+    Shapes: values and errors (n,), as many as names; an error of nan is not known.
+    Errors: ValueError for lengths that differ and for no finite value.
+    """
+    y, e = vector(values, "values"), np.asarray(errors, dtype=float)
+    if not len(names) == len(y) == len(e):
+        raise ValueError(
+            f"expected a value and an error for each of {len(names)} names, got {len(y)} and "
+            f"{len(e)}"
+        )
+    figure, axes = _axes(xlabel, "")
+    figure.set_size_inches(9, 0.9 + 0.42 * len(y))
+    axes.grid(visible=False, axis="y")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    places = np.arange(len(y))
+    axes.barh(places, y, height=0.55, color=_BLUE, alpha=0.75)
+    known = np.nan_to_num(e)
+    axes.errorbar(y, places, xerr=known, fmt="none", ecolor=_ORANGE, elinewidth=1.8, capsize=3)
+    axes.axvline(0, color="0.35", linewidth=0.8)
+    axes.set_yticks(places, names)
+    axes.invert_yaxis()
+    for place, (value, error) in enumerate(zip(y, e, strict=True)):
+        axes.text(1.01, place, with_error(value, error), transform=axes.get_yaxis_transform(),
+                  va="center", fontsize=9)  # fmt: skip
+    return figure
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A signed value to the last of two digits of its standard error, as in -0.0213 ± 0.0004."""
+    if error is None or not math.isfinite(error) or error <= 0:
+        return f"{value:+.2g}" if value else "0"
+    digits = min(max(1 - math.floor(math.log10(error)), 0), 9)
+    return f"{value:+.{digits}f} ± {error:.{digits}f}" if value else f"0 ± {error:.{digits}f}"
 
 
 def write_npz(path: PathLike, arrays: dict[str, Any], *, compress: bool = True) -> None:

@@ -18,12 +18,14 @@ from visualize import (
     Array,
     PathLike,
     animation,
+    bar_chart,
     histogram,
     image_grid,
     loss_curve,
     score_curve,
     side_by_side,
     vector,
+    with_error,
     write_atomic,
 )
 
@@ -306,19 +308,39 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _bpd_row(bpd: Any) -> Row:
+_BITS = (
+    "Mean of -log2 p(x) per dimension over the images of the set in the protocol; lower is better. "
+    "A uniform guess over the grey levels scores log2(levels)."
+)
+
+
+def _bpd_row(name: str, bpd: Any, note: str) -> Row:
     values = vector(bpd, "bpd")
     n = len(values)
     error = float(values.std(ddof=1) / math.sqrt(n)) if n > 1 else None
-    return (
-        "Bits per dimension",
-        float(values.mean()),
-        error,
-        (
-            f"Mean of -log2 p(x) per dimension over {n} images of the set in the protocol; lower "
-            "is better. A uniform guess over the grey levels scores log2(levels)."
-        ),
+    return name, float(values.mean()), error, note
+
+
+def _add_gaps(report: Report, gaps: Mapping[str, Any], section: str) -> None:
+    """The gap report: a table of the rows, and the same as bars."""
+    rows, reference = gaps["rows"], gaps["reference"]
+    names = [row["label"] for row in rows]
+    values = [row["value"] for row in rows]
+    errors = [math.nan if e is None else e for e in (row["standard_error"] for row in rows)]
+    total = with_error(reference["mean"], reference["standard_error"]).removeprefix("+")
+    report.text(
+        "By how much bits/dim would change if one thing at a time were done better, or "
+        f"otherwise, on the same {gaps['images']} images, noise and probes. They score {total} "
+        "bits/dim by the ODE under uniform dequantisation; a negative change lowers that.",
+        section,
     )
+    figure = bar_chart(names, values, errors, "change of bits/dim")
+    report.figure(figure, "Changes, with one standard error.", section, wide=True)
+    table = [
+        (name, value, error, row["note"])
+        for name, value, error, row in zip(names, values, errors, rows, strict=True)
+    ]
+    report.numbers(table, section)
 
 
 def _neighbor_figure(samples: Array, neighbors: tuple[Array, Array], pairs: int) -> Image:
@@ -350,6 +372,7 @@ def write_report(
     loss_history: Mapping[str, Any] | None = None,
     frames: Sequence[tuple[float, Array]] | None = None,
     bpd: Any = None,
+    gaps: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     rows: Sequence[Row] = (),
     curves: Mapping[str, tuple[Any, Any, Any]] | None = None,
@@ -363,7 +386,10 @@ def write_report(
     - samples, real: images (n, C, H, W) in [0, 1]; the first `max_images` of each are shown.
     - train_neighbors: (images, distances) of the training image nearest to each of `samples`;
       the `max_pairs` closest pairs are shown.
-    - loss_history: the arguments of loss_curve by name. bpd: bits per dimension (n,).
+    - loss_history: the arguments of loss_curve by name. bpd: bits per dimension (n,), or (bits,
+      how to read them) by name.
+    - gaps: the gap report, with 'images', 'reference' (mean, standard_error) and 'rows', each with
+      label, value, standard_error and note.
     - frames: pairs (t, images) of the sampling of a few samples, thinned to `max_frames`.
     - metrics: the dict of evaluation.low_dimensional_metrics, or any names and numbers.
     - rows: further rows of the table of numbers, as in Report.numbers; they come first.
@@ -374,7 +400,10 @@ def write_report(
     Errors: ValueError where a part has the wrong shape; nothing is written then.
     """
     report = Report(title, subtitle)
-    table = [*rows, *([] if bpd is None else [_bpd_row(bpd)]), *metric_rows(metrics or {})]
+    if not isinstance(bpd, Mapping):
+        bpd = {} if bpd is None else {"Bits per dimension": (bpd, _BITS)}
+    scored = [_bpd_row(name, values, note) for name, (values, note) in bpd.items()]
+    table = [*rows, *scored, *metric_rows(metrics or {})]
     report.numbers(table, "Results")
     for note in (metrics or {}).get("notes", ()):
         report.text(note, "Results")
@@ -393,16 +422,15 @@ def write_report(
             "Sampling",
         )
     heading = " and ".join(
-        name for name, part in (("training", loss_history), ("likelihood", bpd)) if part is not None
+        name for name, part in (("training", loss_history), ("likelihood", scored)) if part
     ).capitalize()
     if loss_history is not None:
         report.figure(loss_curve(**loss_history), "Loss over training.", heading)
-    if bpd is not None:
-        report.figure(
-            histogram(bpd, "bits/dim", table[len(rows)][1]),
-            "Bits per dimension, one value per image.",
-            heading,
-        )
+    for name, mean, _, _ in scored:
+        figure = histogram(bpd[name][0], "bits/dim", mean)
+        report.figure(figure, f"{name}, one value per image.", heading)
+    if gaps is not None:
+        _add_gaps(report, gaps, "Where the bits go")
     for name, (steps, values, errors) in (curves or {}).items():
         figure = score_curve(steps, values, errors, name)
         report.figure(

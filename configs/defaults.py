@@ -18,6 +18,7 @@ def get_default_configs() -> Any:
             "training": _training(),
             "sampling": _sampling(),
             "eval": _eval(),
+            "control": _control(),
             "data": _data(),
             "model": _model(),
             "optim": _optim(),
@@ -36,6 +37,25 @@ def _training() -> dict:
         # name of the forward process: 'vesde', 'vpsde', 'subvpsde', 'cosine', 'edm', 'linear_ve',
         # 'rectified_flow', 'ouve', or a registered one
         "sde": "vesde",
+        # what is minimised: '' = denoising score matching over all times, by the weights below, and
+        # with 'velocity' flow matching; 'denoising' = at the one noise level sigma; 'explicit' (of
+        # points, whose score is known), 'implicit', 'sliced'; 'annealed' = NCSN's over num_scales
+        # levels; 'elbo', 'dequantization', 'classifier', or a registered one
+        "objective": "",
+        # the one noise level sigma/alpha of 'denoising', and of 'explicit', 'implicit' and 'sliced'
+        # unless it is 0.0 = all times
+        "sigma": 0.0,
+        # random directions of 'sliced' for each image
+        "slices": 1,
+        # 'sliced': the square of the score in place of that of its part along each direction
+        "variance_reduction": True,
+        # the form of 'elbo': 'score', or 'implicit', by a vector-Jacobian product of the network
+        "elbo_form": "score",
+        # the power of sigma that weights the levels of 'annealed'
+        "anneal_power": 2.0,
+        # the trained score model that 'dequantization' trains a dequantizer on: the workdir of its
+        # training, for the newest checkpoint, or a checkpoint in it
+        "score_checkpoint": "",
         # train on continuous times (True) or on the num_scales discrete ones (False)
         "continuous": True,
         # images per optimizer step, over all processes
@@ -105,8 +125,8 @@ def _sampling() -> dict:
     return {
         # the process to sample on, which may differ from that of the training; '' = the same
         "sde": "",
-        # 'pc' (predictor-corrector), 'ode', 'dpm_solver_adaptive', 'gotta_go_fast', or another
-        # registered sampler
+        # 'pc' (predictor-corrector), 'ode', 'langevin' (the corrector alone, at training.sigma),
+        # 'dpm_solver_adaptive', 'gotta_go_fast', or another registered sampler
         "method": "pc",
         # name of the predictor; 'none' for corrector-only sampling
         "predictor": "reverse_diffusion",
@@ -131,6 +151,15 @@ def _sampling() -> dict:
         # keyword options of the predictor, or of the method where it is not 'pc': any keys, checked
         # by what takes them (on the command line, --config.sampling.solver="{'order': 3}")
         "solver": {},
+        # guidance of the samples: 'classifier_free' (away from the unconditional score of the same
+        # network), 'autoguidance' (away from a worse network), 'classifier', or '' = none
+        "guidance": "",
+        # its weight w: 0 is none
+        "guidance_weight": 1.0,
+        # the noise levels sigma/alpha, lowest and highest, within which it acts; () = all
+        "guidance_interval": (),
+        # the workdir, or a checkpoint in one, of the worse network or of the classifier
+        "guidance_network": "",
     }
 
 
@@ -160,11 +189,30 @@ def _eval() -> dict:
         "bpd_repeats": 0,
         # images scored per pass, from the first; 0 = all
         "bpd_num_images": 0,
-        # relative and absolute tolerance of the likelihood's ODE
+        # how bits/dim is computed: 'ode' (probability flow), 'elbo' (of the reverse SDE), 'iw' (the
+        # importance-weighted bound over iw_samples dequantisations), or several as 'ode+elbo'
+        "likelihood": "ode",
+        # the time of the data; 0.0 = where sampling on this process ends by default
+        "likelihood_eps": 1e-5,
+        # relative and absolute tolerance of the likelihood's ODE, and its solver
         "rtol": 1e-5,
         "atol": 1e-5,
-        # trace estimator of the likelihood: 'Rademacher', 'Gaussian' or another known one
+        "ode_method": "dopri5",
+        # trace estimator of the likelihood: 'Rademacher', 'Gaussian', 'hutch++' or 'exact', and its
+        # probes for each image and repeat (products with the Jacobian an evaluation)
         "hutchinson_type": "Rademacher",
+        "probes": 1,
+        # times drawn for the ELBO of an image, and dequantisations for its 'iw', each repeat
+        "elbo_points": 100,
+        "iw_samples": 16,
+        # dequantisation: 'uniform', or 'variational' by the trained dequantizer in this checkpoint
+        # or workdir
+        "dequantization": "uniform",
+        "dequantizer": "",
+        # report where the bits go: prior, eps, tolerance, trace, dequantisation, ODE against ELBO,
+        # on the first gap_images images
+        "gap_report": False,
+        "gap_images": 64,
         # seconds to wait for the next checkpoint of the range; 0 = take those that are there
         "wait_s": 0,
         # draw each sample from a seed of its own, the same for any batch size and number of
@@ -187,10 +235,50 @@ def _eval() -> dict:
     }
 
 
+def _control() -> dict:
+    return {
+        # what --mode control does: 'inpaint', 'colorize', 'superres', 'deblur', 'edit', 'class',
+        # 'interpolate', or a measurement by its name in operators.py, such as 'mri'
+        "task": "inpaint",
+        # how samples are drawn given a measurement; '' = the task's own (docs/control.md)
+        "method": "",
+        # an image file, or a folder of them; '' = the first held-out images of the data set
+        "image": "",
+        # images taken of these, and samples for each
+        "num_images": 4,
+        "num_samples": 4,
+        # of 'inpaint': a file, white where known and black where not, or the unknown part by name:
+        # 'centre', 'left', 'top' or 'random'
+        "mask": "centre",
+        # the images are measurements themselves (True), or are to be measured here (False), which
+        # keeps the truth to compare with
+        "measured": False,
+        # resize, crop and recolour images that do not fit the network (True) or refuse them
+        "fit": False,
+        # standard deviation of the measurement's noise, of pixels in [0, 1]
+        "noise": 0.0,
+        # keyword options of the measurement and of the method: any keys, checked by what takes them
+        "operator": {},
+        "options": {},
+        # the class that 'class' draws; -1 = every class in turn
+        "label": -1,
+        # the workdir of a noise-conditional classifier; '' = guidance without one
+        "classifier": "",
+        # how strongly a class is asked for: of a classifier's gradient, or w of classifier-free
+        "weight": 1.0,
+        # where 'edit' starts, as a share of T: more changes more
+        "strength": 0.5,
+        # scale of the codes that 'interpolate' decodes
+        "temperature": 1.0,
+    }
+
+
 def _data() -> dict:
     return {
         # 'CIFAR10', 'SVHN', 'MNIST', 'FashionMNIST', 'CELEBA', 'digits' (scikit-learn's 8x8) or
-        # 'folder' ('LSUN', 'FFHQ' and 'CelebAHQ' are read as folders, .zips or lmdbs too)
+        # 'folder' ('LSUN', 'FFHQ' and 'CelebAHQ' are read as folders, .zips or lmdbs too); or
+        # points in the plane: 'swissroll', 'moons', 'rings', 'checkerboard', 'mixture',
+        # 'eight_gaussians', 'image_density', or a registered set (configs/toy/)
         "dataset": "CIFAR10",
         # where the named data sets are looked for and downloaded to
         "root": "~/data",
@@ -214,10 +302,18 @@ def _data() -> dict:
         "levels": 256,
         # scale the network's input to [-1, 1] (True) or [0, 1] (False)
         "centered": False,
+        # alpha of logit(alpha + (1 - 2 alpha) x) in place of that scale, such as 0.05; 0.0 = none
+        "logit_alpha": 0.0,
         # mirror training images left-right at random
         "random_flip": True,
         # add uniform dequantisation noise to training images
         "uniform_dequantization": False,
+        # points of a set of points to train on
+        "num_points": 100_000,
+        # of 'image_density': the image whose dark pixels are the data; '' = none
+        "image": "",
+        # … and the lightness, 0 to 1, below which a pixel is dark
+        "image_threshold": 0.5,
         # images of a path are decoded once and kept where they take at most so many GiB
         "memory_gib": 2.0,
         # processes that decode other images batch by batch; -1 = one per spare core, at most 8;
@@ -282,6 +378,10 @@ def _model() -> dict:
         "num_res_blocks": 4,
         # resolutions with self-attention
         "attn_resolutions": (16,),
+        # of 'mlp': scale of random Fourier frequencies of the points; 0.0 = coordinates alone
+        "coordinate_scale": 0.0,
+        # of 'mlp': the gradient of a potential, so that the score is that of an energy
+        "energy": False,
         # change resolution with a convolution rather than plain pooling
         "resamp_with_conv": True,
         # residual block: 'biggan' or 'ddpm'
@@ -299,6 +399,9 @@ def _model() -> dict:
         "progressive_combine": "sum",
         # scale of the last layers' initial weights; 0 = nearly zero
         "init_scale": 0.0,
+        # coupling layers of 'dequantizer', and bins of their splines
+        "couplings": 6,
+        "spline_bins": 8,
     }
 
 

@@ -105,6 +105,85 @@ def cosine_v(config: Any) -> Any:
     return config
 
 
+def maximum_likelihood(config: Any, eps: float = 1e-5) -> Any:
+    """ScoreFlow's objective (Song, Durkan, Murray & Ermon 2021): the weight g^2, which bounds the
+    likelihood, times by importance sampling, even in log-SNR, down to eps; samples by the ODE."""
+    config.training.update(likelihood_weighting=True, time_sampler="likelihood", eps=eps)
+    config.sampling.update(method="ode", eps=max(eps, 1e-3))
+    config.eval.update(enable_loss=False, enable_bpd=True, likelihood_eps=eps)
+    return config
+
+
+def dequantizer(config: Any) -> Any:
+    """From a score model's settings those of a dequantizer, to be trained on it frozen, wherever
+    --config.training.score_checkpoint says it is (Ho et al. 2019, Flow++)."""
+    config.training.update(
+        objective="dequantization",
+        weighting="",
+        likelihood_weighting=False,
+        time_sampler="uniform",
+        truncate=0.0,
+        snapshot_sampling=False,
+    )
+    config.data.uniform_dequantization = False
+    config.model.update(
+        name="dequantizer", parametrization="", time_input="", nf=64, num_res_blocks=2
+    )
+    config.eval.update(enable_loss=True, enable_sampling=False, enable_bpd=False)
+    return config
+
+
+def scoreflow_dequantizer(config: Any) -> Any:
+    """A dequantizer trained as ScoreFlow's: 300 thousand steps, an average of decay 0.99."""
+    dequantizer(config).training.n_iters = 300001
+    config.model.ema_rate = 0.99
+    config.eval.update(begin_ckpt=-1, end_ckpt=-1)
+    return config
+
+
+def sdeflow(config: Any, debiased: bool = False) -> Any:
+    """sdeflow (Huang, Lim & Courville 2021) on the VP SDE: the network is the drift a = g s, and
+    learns by Adam with lr 1e-4, without warm-up, clipping, dropout or averaging.
+
+    The plain objective is half the squared error weighted by sigma^2, at uniform times. `debiased`
+    weighs it by g^2 and draws times from g^2/sigma^2, constant below t = 0.001.
+    """
+    vp(config).training.update(reduce_mean=False, weighting="", time_sampler="uniform")
+    config.data.centered = False
+    config.model.update(parametrization="drift", dropout=0.0, ema_rate=0.0)
+    config.optim.update(lr=1e-4, warmup=0, grad_clip=-1.0)
+    if debiased:
+        config.training.update(likelihood_weighting=True, time_sampler="likelihood", truncate=1e-3)
+    config.eval.update(begin_ckpt=-1, end_ckpt=-1, enable_bpd=True, likelihood="elbo")
+    return config
+
+
+def sdeflow_images(config: Any, debiased: bool = False) -> Any:
+    """sdeflow on images: logits of dequantised pixels (alpha = 0.05), and DDPM's U-Net."""
+    sdeflow(ddpm(config), debiased).data.update(logit_alpha=0.05, uniform_dequantization=True)
+    return config
+
+
+def sdeflow_mnist(config: Any, debiased: bool = False) -> Any:
+    """sdeflow on MNIST: ten thousand steps of 64 images."""
+    sdeflow_images(config, debiased).training.update(
+        batch_size=64, n_iters=10000, snapshot_freq=5000, snapshot_freq_for_preemption=1000
+    )
+    config.data.update(dataset="MNIST", image_size=28, num_channels=1, random_flip=False)
+    config.model.update(nf=32, ch_mult=(1, 2, 2), attn_resolutions=(16,))
+    config.eval.update(batch_size=256)
+    return config
+
+
+def sdeflow_cifar10(config: Any, debiased: bool = False) -> Any:
+    """sdeflow on CIFAR-10: a hundred thousand steps of 128 images."""
+    sdeflow_images(config, debiased).training.update(
+        batch_size=128, n_iters=100000, snapshot_freq=10000
+    )
+    config.model.update(nf=128, ch_mult=(1, 2, 2, 2), attn_resolutions=(16,))
+    return config
+
+
 def digits(config: Any) -> Any:
     """scikit-learn's 8 x 8 digits and a network of a million parameters: minutes on a CPU."""
     config.training.update(
@@ -145,6 +224,76 @@ def digits(config: Any) -> Any:
         rtol=1e-4,
         atol=1e-4,
     )
+    return config
+
+
+def points(config: Any, dataset: str) -> Any:
+    """A set of points in the plane and a perceptron of 0.2 million parameters, told ln(sigma): less
+    than a minute on two cores for training and evaluation together.
+
+    The network is EDM's, preconditioned and trained on EDM's noise levels, on whichever process.
+    """
+    config.data.update(
+        dataset=dataset,
+        num_channels=2,
+        image_size=1,
+        centered=False,
+        random_flip=False,
+        uniform_dequantization=False,
+    )
+    config.model.update(
+        name="mlp",
+        nf=128,
+        num_res_blocks=3,
+        dropout=0.0,
+        ema_rate=0.998,
+        scale_by_sigma=False,
+        conditional=True,
+        parametrization="preconditioned",
+        time_input="sigma",
+        embedding_type="fourier",
+        fourier_scale=0.5,
+        sigma_data=1.0,
+        sigma_min=0.005,
+        sigma_max=10.0,
+        init_scale=1.0,
+    )
+    config.training.update(
+        weighting="edm",
+        time_sampler="lognormal",
+        batch_size=256,
+        n_iters=2500,
+        snapshot_freq=2500,
+        snapshot_freq_for_preemption=2500,
+        num_snapshot_samples=1000,
+        log_freq=200,
+        eval_freq=1000,
+        reduce_mean=True,
+        stratified=True,
+    )
+    config.optim.update(lr=2e-3, warmup=100, schedule="cosine")
+    config.eval.update(
+        begin_ckpt=-1,
+        end_ckpt=-1,
+        batch_size=2000,
+        num_samples=10_000,
+        enable_loss=True,
+        enable_sampling=True,
+        enable_bpd=True,
+        elbo_points=50,
+        rtol=1e-4,
+        atol=1e-4,
+    )
+    return config
+
+
+def classifier(config: Any) -> Any:
+    """From a score model's settings those of a noise-conditional classifier of ten classes."""
+    config.training.update(
+        objective="classifier", weighting="", likelihood_weighting=False, snapshot_sampling=False
+    )
+    config.model.update(name="classifier", parametrization="", time_input="", num_classes=10)
+    config.eval.update(enable_loss=True, enable_sampling=False, enable_bpd=False)
     return config
 
 

@@ -35,13 +35,18 @@ _UNIT_TIME = ("cosine", "edm", "linear_ve", "rectified_flow", "ouve")
 _WITH_SIGMAS = {"vesde", "edm", "linear_ve", "ouve"}
 
 # Tuples whose entries need not be whole.
-_NUMBERS = ("model.fir_kernel", "model.ema_rates", "model.ema_profiles")
+_NUMBERS = (
+    "model.fir_kernel",
+    "model.ema_rates",
+    "model.ema_profiles",
+    "sampling.guidance_interval",
+)
 
 # Tuples of names.
 _NAMES = ("eval.metrics",)
 
 # Sections of any keys.
-FREE = ("extra.", "sampling.solver.")
+FREE = ("extra.", "sampling.solver.", "control.operator.", "control.options.")
 
 _Range = tuple[str, Callable[[Any], bool]]
 _AT_LEAST_1: _Range = ("a number >= 1", lambda v: v >= 1)
@@ -68,6 +73,9 @@ _RANGES: dict[str, _Range] = {
     "training.truncate": _AT_LEAST_0,
     "training.max_nonfinite": _AT_LEAST_0,
     "training.min_snr_gamma": _POSITIVE,
+    "training.sigma": _AT_LEAST_0,
+    "training.slices": _AT_LEAST_1,
+    "training.elbo_form": ("'score' or 'implicit'", lambda v: v in ("score", "implicit")),
     "training.precision": (
         "'fp32', 'tf32', 'bf16' or ''",
         lambda v: v in ("fp32", "tf32", "bf16", ""),
@@ -80,6 +88,14 @@ _RANGES: dict[str, _Range] = {
     "sampling.steps": _AT_LEAST_0,
     "sampling.eps": _AT_LEAST_0,
     "sampling.rho": _POSITIVE,
+    "sampling.guidance": (
+        "'classifier_free', 'autoguidance', 'classifier' or ''",
+        lambda v: v in ("classifier_free", "autoguidance", "classifier", ""),
+    ),
+    "sampling.guidance_interval": (
+        "(low, high) with 0 <= low < high, or ()",
+        lambda v: not v or (len(v) == 2 and 0 <= v[0] < v[1]),
+    ),
     "eval.begin_ckpt": _CHECKPOINT,
     "eval.end_ckpt": _CHECKPOINT,
     "eval.ema": ("0 for the main average, or a decay or width in (0, 1)", lambda v: 0 <= v < 1),
@@ -93,10 +109,35 @@ _RANGES: dict[str, _Range] = {
     "eval.stats_features": _AT_LEAST_0,
     "eval.rtol": _POSITIVE,
     "eval.atol": _POSITIVE,
+    "eval.likelihood": (
+        "'ode', 'elbo' or 'iw', or several joined by '+'",
+        lambda v: set(v.split("+")) <= {"ode", "elbo", "iw"} and len(v.split("+")) <= 3,
+    ),
+    "eval.likelihood_eps": _AT_LEAST_0,
+    "eval.ode_method": _NAME,
+    "eval.probes": _AT_LEAST_1,
+    "eval.elbo_points": _AT_LEAST_1,
+    "eval.iw_samples": _AT_LEAST_1,
+    "eval.dequantization": (
+        "'uniform' or 'variational'",
+        lambda v: v in ("uniform", "variational"),
+    ),
+    "eval.gap_images": _AT_LEAST_1,
+    "control.task": _NAME,
+    "control.num_images": _AT_LEAST_1,
+    "control.num_samples": _AT_LEAST_1,
+    "control.mask": _NAME,
+    "control.noise": _AT_LEAST_0,
+    "control.label": ("a class, or -1 for every class in turn", lambda v: v >= -1),
+    "control.strength": ("a share of T in (0, 1]", lambda v: 0 < v <= 1),
+    "control.temperature": _POSITIVE,
     "data.eval_fraction": ("a number in (0, 1)", lambda v: 0 < v < 1),
     "data.image_size": _AT_LEAST_1,
     "data.num_channels": _AT_LEAST_1,
-    "data.levels": ("an integer in 2 ... 256", lambda v: 2 <= v <= 256),
+    "data.levels": ("an integer in 2 ... 65536", lambda v: 2 <= v <= 65536),
+    "data.num_points": _AT_LEAST_1,
+    "data.image_threshold": ("a lightness in (0, 1]", lambda v: 0 < v <= 1),
+    "data.logit_alpha": ("a number in [0, 0.5)", lambda v: 0 <= v < 0.5),
     "data.memory_gib": _AT_LEAST_0,
     "data.workers": ("a number of processes, or -1 for as many as pay", lambda v: v >= -1),
     "model.name": _NAME,
@@ -115,6 +156,7 @@ _RANGES: dict[str, _Range] = {
         lambda v: all(0 < s < 12**-0.5 for s in v),
     ),
     "model.dropout": _BELOW_1,
+    "model.coordinate_scale": _AT_LEAST_0,
     "model.num_classes": _AT_LEAST_0,
     "model.label_dropout": _BELOW_1,
     "model.nf": _AT_LEAST_1,
@@ -123,6 +165,8 @@ _RANGES: dict[str, _Range] = {
     "model.attn_resolutions": ("integers >= 1", lambda v: all(r >= 1 for r in v)),
     "model.fir_kernel": ("numbers of non-zero sum", lambda v: sum(v) != 0),
     "model.init_scale": _AT_LEAST_0,
+    "model.couplings": _AT_LEAST_1,
+    "model.spline_bins": ("an integer in 2 ... 64", lambda v: 2 <= v <= 64),
     "optim.optimizer": _NAME,
     "optim.lr": _POSITIVE,
     "optim.beta1": _BELOW_1,

@@ -1,0 +1,118 @@
+"""What the tasks of `--mode control` are given, a checkpoint's score, and what they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import data_lib
+import sde_lib
+from models.utils import get_score_fn
+from parametrization import on_process
+from randomness import seed_for
+from run_lib_samples import FRAMES, conditions, sampling_eps
+
+#: Samples that the animation shows.
+ANIMATED = 16
+
+
+@dataclass
+class Outcome:
+    """What a task leaves: samples and pictures of n images, all in [0, 1], and numbers.
+
+    samples: (n, k, C, H, W), k for each image.
+    columns: pictures by heading, (n, C, H, W) each, that the comparison shows before the samples.
+    truth: (n, C, H, W), where it is known.
+    headings: of the samples' columns; by default numbers.
+    """
+
+    names: list[str]
+    samples: torch.Tensor
+    columns: list[tuple[str, torch.Tensor]]
+    numbers: dict[str, Any]
+    truth: torch.Tensor | None = None
+    headings: list[str] = field(default_factory=list)
+    frames: list[tuple[float, torch.Tensor]] = field(default_factory=list)
+
+
+class Job:
+    """A checkpoint's score and what its tasks share: ranges, seeds, batches, frames."""
+
+    def __init__(self, config, sde, model):
+        self.config, self.sde, self.model = config, sde, model
+        self.process = sde_lib.sampling_process(config, sde)
+        self.eps = sampling_eps(config, self.process)
+        self.scale = data_lib.get_data_scaler(config)
+        self.unscale = data_lib.get_data_inverse_scaler(config)
+        self.frames: list[tuple[float, torch.Tensor]] = []
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        data = self.config.data
+        return data.num_channels, data.image_size, data.image_size
+
+    @property
+    def slope(self) -> float:
+        """How much longer the network's range is than [0, 1]."""
+        return abs(float(self.scale(torch.ones(())) - self.scale(torch.zeros(()))))
+
+    def unit(self, levels: torch.Tensor) -> torch.Tensor:
+        """Integer levels as pixels in [0, 1]: x = (i + ½)/L of networks that saw dequantised
+        data, else i/(L − 1)."""
+        data = self.config.data
+        if data.uniform_dequantization:
+            return (levels.float() + 0.5) / data.levels
+        return levels.float() / (data.levels - 1)
+
+    def score(self, labels: torch.Tensor | None = None):
+        """The network's score on the process of the sampling, told the labels."""
+        continuous = self.config.training.continuous
+        score_fn = get_score_fn(self.sde, self.model, train=False, continuous=continuous)
+        if self.process is not self.sde:
+            score_fn = on_process(score_fn, self.process, eps=self.config.training.eps)
+        known = conditions(self.config, labels) if labels is not None else {}
+        return score_fn.with_conditions(**known) if known else score_fn
+
+    def grid(self) -> dict[str, Any]:
+        """What samplers are told of the times, the process and the network."""
+        s = self.config.sampling
+        return {
+            "steps": s.steps or self.process.N,
+            "schedule": s.schedule,
+            "eps": self.eps,
+            "continuous": self.config.training.continuous,
+        }
+
+    def seeds(self, places: range) -> list[int]:
+        """A seed for each sample, by its number over all images."""
+        return [seed_for(self.config.seed, "control", i) for i in places]
+
+    def draw(self, count: int, sampler_of: Callable) -> tuple[torch.Tensor, int]:
+        """`count` samples in [0, 1] in batches of `eval.batch_size`, and evaluations a batch.
+
+        `sampler_of(places, callback)` makes the samples of these numbers, in the network's range.
+        """
+        parts, evaluations, size = [], 0, self.config.eval.batch_size
+        for start in range(0, count, size):
+            places = range(start, min(start + size, count))
+            callback = self._keep_frames() if start == 0 else None
+            samples, evaluations = sampler_of(places, callback)
+            parts.append(self.unscale(samples).float().cpu())
+        return torch.cat(parts), int(evaluations)
+
+    def _keep_frames(self):
+        steps = self.config.sampling.steps or self.process.N
+        every, self.frames = max(steps // FRAMES, 1), []
+
+        def callback(i, t, x, x_mean):
+            if i % every == 0 or i == steps - 1:
+                state = x_mean if i == steps - 1 else x
+                self.frames.append((float(t), self.unscale(state[:ANIMATED]).float().cpu()))
+            if len(self.frames) > 4 * FRAMES:  # of a sampler that sets its own steps
+                del self.frames[1::2]
+
+        return callback

@@ -1,0 +1,178 @@
+"""The tasks of `--mode control` by name: inverse problems, classes, edits, interpolation.
+
+A task reads its images and builds its samplers when it is made, so that what is wrong is said at
+once, and returns the work: run() -> Outcome.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import torch
+from controllable_generation_projection import get_sdedit_sampler
+
+import operators
+import sampling
+from controllable_generation import classifier_score
+from run_lib_control_inverse import MEASUREMENTS, invert, noise_of, quality
+from run_lib_control_job import Job, Outcome
+from run_lib_dequantization import load_trained
+from run_lib_images import read_images
+
+
+def get_task(config) -> Callable[[Job], Callable[[], Outcome]]:
+    """The task `config.control.task`.
+
+    Raises: ValueError for a name that is none.
+    """
+    name = config.control.task
+    others = {"edit": edit, "class": draw_classes, "interpolate": interpolate}
+    known = dict.fromkeys((*MEASUREMENTS, *others, *operators.catalogue()))
+    if name not in known:
+        raise ValueError(f"control.task={name!r} is unknown; known: {', '.join(known)}")
+    return others.get(name, invert)
+
+
+def edit(job: Job) -> Callable[[], Outcome]:
+    """SDEdit: each image noised to t = `control.strength` T, and denoised from there."""
+    c, k = job.config.control, job.config.control.num_samples
+    names, levels = read_images(job.config)
+    guide = job.unit(levels)
+    repeated = job.scale(guide).repeat_interleave(k, dim=0)
+    told = {"t0": c.strength * job.process.T, **job.grid(), **dict(c.options)}
+
+    def sampler_of(places: range, callback):
+        part = repeated[places.start : places.stop].to(job.config.device)
+        own = {"seeds": job.seeds(places), "callback": callback, "progress": True}
+        return get_sdedit_sampler(job.process, part.shape, None, part, **told, **own)(job.score())
+
+    get_sdedit_sampler(job.process, repeated[:1].shape, None, repeated[:1], **told)
+
+    def run():
+        flat, evaluations = job.draw(len(repeated), sampler_of)
+        samples = flat.reshape(len(guide), k, *job.shape)
+        likeness = {f"guide_{name}": v for name, v in quality(samples, guide).items()}
+        numbers = {"task": "edit", "strength": c.strength, "evaluations": evaluations, **likeness}
+        return Outcome(names, samples, [("guide", guide)], numbers)
+
+    return run
+
+
+def draw_classes(job: Job) -> Callable[[], Outcome]:
+    """Samples of classes, by a noise-conditional classifier's gradient, or by classifier-free
+    guidance of a class-conditional network."""
+    config, c = job.config, job.config.control
+    k, trained = c.num_samples, None
+    if c.classifier:
+        trained = load_trained(c.classifier, "control.classifier", str(config.device))
+        _check_classifier(config, trained)
+        classes = trained.config.model.num_classes
+    elif config.model.num_classes:
+        classes = config.model.num_classes
+    else:
+        raise ValueError(
+            "control.task='class' needs --config.control.classifier=WORKDIR of a noise-conditional "
+            "classifier (configs/classifier/), or a class-conditional network (model.num_classes)"
+        )
+    if c.label >= classes:
+        raise ValueError(f"control.label={c.label}: expected 0 to {classes - 1}, or -1 for all")
+    labels = torch.tensor([c.label]) if c.label >= 0 else torch.arange(classes)
+    repeated = labels.repeat_interleave(k)
+
+    def guided(part: torch.Tensor):
+        part = part.to(config.device)
+        if trained is not None:
+            own = part if config.model.num_classes else None
+            return classifier_score(job.score(own), trained.model, part, c.weight)
+        told = job.score(part)
+        if not c.weight:
+            return told
+        return sampling.classifier_free_guidance(told, job.score(), c.weight)
+
+    def sampler_of(places: range, callback):
+        shape = (len(places), *job.shape)
+        score_fn = guided(repeated[places.start : places.stop])
+        sampler = sampling.get_sampling_fn(
+            config, job.process, shape, lambda x: x, job.eps,
+            callback=callback, progress=True, **noise_of(job, places),
+        )  # fmt: skip
+        return sampler(score_fn)
+
+    def run():
+        flat, evaluations = job.draw(len(repeated), sampler_of)
+        samples = flat.reshape(len(labels), k, *job.shape)
+        numbers = {"task": "class", "weight": c.weight, "evaluations": evaluations}
+        if trained is not None:
+            numbers["classifier_agrees"] = _agreement(job, trained.model, flat, repeated)
+        names = [f"class_{int(label)}" for label in labels]
+        return Outcome(names, samples, [], numbers, headings=[f"{i + 1}" for i in range(k)])
+
+    return run
+
+
+def _check_classifier(config, trained) -> None:
+    there, here = trained.config, config
+    names = ("image_size", "num_channels", "centered")
+    differ = [name for name in names if there.data[name] != here.data[name]]
+    if differ or there.model.num_classes < 2 or there.training.objective != "classifier":
+        what = ", ".join(differ) or "training.objective='classifier'"
+        raise ValueError(
+            f"control.classifier={config.control.classifier!r} does not fit the network ({what}); "
+            "train one on the same data (configs/classifier/)"
+        )
+
+
+@torch.no_grad()
+def _agreement(job: Job, classifier, samples: torch.Tensor, labels: torch.Tensor) -> float:
+    """The share of samples that the classifier itself takes for the class asked for, at eps."""
+    from models.classifier import get_classifier_fn
+
+    x = job.scale(samples.to(job.config.device))
+    t = torch.full((len(x),), job.eps, device=x.device)
+    found = get_classifier_fn(job.process, classifier)(x, t).argmax(1).cpu()
+    return float((found == labels).float().mean())
+
+
+def interpolate(job: Job) -> Callable[[], Outcome]:
+    """Images on the way from each image to the next, by their latent codes."""
+    c = job.config.control
+    names, levels = read_images(job.config)
+    if len(names) < 2:
+        raise ValueError(
+            "control.task='interpolate' needs two images or more, got one; give a folder"
+        )
+    images, between = job.unit(levels), c.num_samples
+    options = {"eps": job.eps, "continuous": job.config.training.continuous, **dict(c.options)}
+
+    def run():
+        score_fn = job.score()
+        x = job.scale(images).to(job.config.device)
+        codes, encoded = sampling.encode(job.process, score_fn, x, **options)
+        again, decoded = sampling.decode(job.process, score_fn, codes, **options)
+        w = torch.arange(1, between + 1, device=codes.device) / (between + 1)
+        path = sampling.slerp(codes[:-1], codes[1:], w).transpose(0, 1)  # (n − 1, between, *)
+        flat = c.temperature * path.reshape(-1, *job.shape)
+        mixed, _ = sampling.decode(job.process, score_fn, flat, **options)
+        samples = job.unscale(mixed).float().cpu().reshape(-1, between, *job.shape)
+        error = (again - x).square().mean().sqrt()
+        numbers = {
+            "task": "interpolate",
+            "temperature": c.temperature,
+            "evaluations": int(encoded) + int(decoded),
+            "round_trip_rms": float(error) / job.slope,
+            "code_norm_per_number": float(codes.square().mean().sqrt()),
+        }
+        stack = [images[:-1], *samples.unbind(1), images[1:]]
+        frames = [(i / (len(stack) - 1), frame) for i, frame in enumerate(stack)]
+        pairs = [f"{a}_to_{b}" for a, b in itertools.pairwise(names)]
+        return Outcome(
+            pairs,
+            torch.cat([samples, images[1:, None]], dim=1),
+            [("from", images[:-1])],
+            numbers,
+            headings=[f"{float(v):.2f}" for v in w] + ["to"],
+            frames=frames,
+        )
+
+    return run
