@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/vp/digits_ddpmpp_continuous.py
 
-.PHONY: env demo test test-slow lint clean
+.PHONY: env demo gallery test test-slow lint clean
 
 env: $(VENV)/.ready
 
@@ -19,6 +19,9 @@ demo: env
 	$(BIN)/python main.py --config $(DEMO) --workdir runs/demo --mode train
 	$(BIN)/python main.py --config $(DEMO) --workdir runs/demo --mode eval
 	@echo "The report: runs/demo/report.html"
+
+gallery: env
+	$(BIN)/python -m benchmarks.gallery $(ARGS)
 
 lint: env
 	$(BIN)/ruff check .

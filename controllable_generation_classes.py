@@ -104,8 +104,8 @@ def guided_from_config(
         return autoguidance(told, weak.with_conditions(**known), **how)
     if labels is None:
         raise ValueError(
-            "sampling.guidance='classifier' needs the classes of the samples, got none; use "
-            "--mode control --config.control.task=class"
+            "sampling.guidance='classifier' needs the classes of the samples, got labels=None; give "
+            "one class for each sample"
         )
     return classifier_score(told, other, labels, **how)
 

@@ -30,6 +30,7 @@ from controllable_generation_methods import (
     get_wrapped_sampler,
     register_inverse_solver,
 )
+from operators_base import conjugate_gradients
 from parametrization import OUTPUTS, Point, as_score_function, convert
 from sampling_loop import with_options
 from sampling_wrappers import _Wrapper
@@ -75,31 +76,6 @@ class View:
         """A coefficient, a number, 0-dim or (B,), as a vector (B,) beside x."""
         ones = torch.ones(len(self.x), dtype=self.x.dtype, device=self.x.device)
         return ones * torch.as_tensor(v).to(ones.dtype)
-
-
-def conjugate_gradients(matvec: Callable, b, iterations: int, tol: float) -> torch.Tensor:
-    """w with matvec(w) ≈ b, sample by sample, (B, *): no sample sees another.
-
-    A sample is done when ‖b − matvec(w)‖ ≤ tol ‖b‖, or where the matrix shows a direction of no
-    positive curvature, as that of an inexact network may.
-    """
-    w, r = torch.zeros_like(b), b
-    p, rr = r, sum_except_batch(r * r)
-    enough = tol**2 * rr
-    active = rr > enough
-    for _ in range(iterations):
-        if not active.any():
-            break
-        Ap = matvec(p)
-        curvature = sum_except_batch(p * Ap)
-        active = active & (curvature > 0)
-        step = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-        w, r = w + expand(step, p) * p, r - expand(step, p) * Ap
-        new = sum_except_batch(r * r)
-        p = r + expand(torch.where(active, new / torch.where(active, rr, 1.0), 0.0), p) * p
-        rr = new
-        active = active & (rr > enough)
-    return w
 
 
 #: D is moved by no more than so many standard deviations of the data, root mean square.
@@ -212,7 +188,7 @@ class MMPS:
 
     def __call__(self, view: View):
         r = view.residual
-        w = conjugate_gradients(
+        w, _ = conjugate_gradients(
             lambda p: view.spread(p) + view.s2 * p, r, self.iterations, self.tol
         )
         return w, -0.5 * sum_except_batch(r * w)

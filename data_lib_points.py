@@ -187,19 +187,16 @@ def _eight_gaussians(data) -> EqualGaussians:
 def _image_density(data) -> Pixels:
     """Uniform on the dark pixels of the image `data.image`: those whose lightness, 0 to 1 and on
     white where they are transparent, is below `data.image_threshold`."""
-    from PIL import Image
-
     path = Path(data.image).expanduser()
+    ours = Path(__file__).resolve().parent / path
+    if not path.is_file() and ours.is_file():  # assets/ring.png, from another working directory
+        path = ours
     if not data.image or not path.is_file():
         raise FileNotFoundError(
             f"image_density: expected config.data.image, an image file, got {data.image!r}; such "
             "as --config.data.image=assets/ring.png"
         )
-    with Image.open(path) as file:
-        picture = file.convert("RGBA")
-    picture.thumbnail((MAX_SIDE, MAX_SIDE))  # only ever smaller
-    white = Image.new("RGBA", picture.size, "white")
-    lightness = np.asarray(Image.alpha_composite(white, picture).convert("L")) / 255
+    lightness = _lightness(path)
     dark = lightness < data.image_threshold
     if not dark.any():
         raise ValueError(
@@ -207,3 +204,22 @@ def _image_density(data) -> Pixels:
             f"the darkest is {lightness.min():.3g}; use a larger threshold"
         )
     return Pixels(dark, CANVAS)
+
+
+def _lightness(path: Path) -> np.ndarray:
+    """The lightness of an image file, 0 to 1, on white, its longer side at most MAX_SIDE."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
+                picture = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGBA")
+            else:
+                picture = file.convert("RGBA")
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(
+            f"config.data.image={str(path)!r}: expected an image file, such as a PNG, got: {error}"
+        ) from None
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))  # only ever smaller
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("L")) / 255

@@ -85,6 +85,11 @@ def get_dataset(
     """
     config = complete(config)
     train, held_out = get_image_sets(config)
+    if not isinstance(train, ImageSet) or not isinstance(held_out, ImageSet):
+        raise ValueError(
+            f"datasets.get_dataset gives images, and {config.data.dataset!r} is a set of points; "
+            "use data_lib.get_image_sets"
+        )
 
     def dataset(image_set: ImageSet, flip: bool, stream: int) -> Dataset:
         return Dataset(

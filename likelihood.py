@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -16,7 +17,7 @@ from divergence import (
     value_and_divergence,
     watched,
 )
-from likelihood_bits import Likelihood, bits_per_dim
+from likelihood_bits import Likelihood, bits_per_dim, check_data, log_volume_at, refuse_discrete
 from models.utils import get_score_fn
 
 __all__ = [
@@ -75,11 +76,7 @@ def get_ode_likelihood_fn(
     @torch.inference_mode(False)
     @torch.no_grad()
     def likelihood(model, data, *, draws=None) -> Likelihood:
-        if not data.is_floating_point():
-            raise ValueError(
-                f"likelihood needs dequantised data in floating point, got {data.dtype}; "
-                "add uniform noise of one level's width and scale as in training"
-            )
+        check_data(data)
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
         rsde = sde.reverse(watched(score_fn), probability_flow=True)
         d = 1 if method in ode.METHODS or not len(data) else data[0].numel()
@@ -164,15 +161,23 @@ def get_likelihood_fn(
 ) -> Callable:
     """likelihood_fn(model, data, *, draws=None) -> (bits/dim (B,), latent code z, evaluations).
 
-    The arguments are those of `get_log_likelihood_fn` and `bits_per_dim`. The data must be
-    dequantised and scaled as the network was trained; discrete values have no density.
+    The arguments are those of `get_log_likelihood_fn`, and
+
+      inverse_scaler: elementwise and differentiable, from the network's range to [0, 1], cut into
+        `levels` bins.
+
+    The data must be dequantised and scaled as the network was trained.
+
+    Raises: ValueError for images of discrete values, which have no density.
     """
     log_likelihood = get_log_likelihood_fn(
         sde, hutchinson_type, rtol, atol, method, eps, continuous=continuous
     )
 
     def likelihood_fn(model, data, *, draws=None):
+        refuse_discrete(data, inverse_scaler, levels)
         logp, z, nfe = log_likelihood(model, data, draws=draws)
-        return bits_per_dim(logp, data[0].numel(), inverse_scaler, levels), z, nfe
+        nats = logp + log_volume_at(data, inverse_scaler, levels)
+        return (-nats / (data.shape[1:].numel() * math.log(2))).to(logp), z, nfe
 
     return likelihood_fn

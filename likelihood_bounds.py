@@ -42,7 +42,7 @@ import torch
 
 import sde_lib
 from divergence import Trace, get_trace, watched
-from likelihood_bits import Likelihood
+from likelihood_bits import Likelihood, check_data, refuse_nan
 from models.utils import get_score_fn
 from parametrization import SIGMA_DATA
 from sde_lib import double, expand, sum_except_batch
@@ -86,15 +86,6 @@ def check_process(sde, eps: float) -> None:
         raise ValueError(
             f"a bound needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use "
             f"{sde.sampling_eps or 1e-5}"
-        )
-
-
-def check_data(data: torch.Tensor) -> None:
-    """Refuse data that have no density."""
-    if not data.is_floating_point():
-        raise ValueError(
-            f"likelihood needs dequantised data in floating point, got {data.dtype}; "
-            "add uniform noise of one level's width and scale as in training"
         )
 
 
@@ -164,7 +155,7 @@ def get_elbo_fn(
             variance = variance + last.var(dim=0) / count if count > 1 else variance
         logp = torch.stack(list(terms.values())).sum(dim=0)
         nfe = torch.full((len(data),), points + count, dtype=torch.int64, device=data.device)
-        return Likelihood(logp, variance.sqrt(), None, nfe, terms)
+        return refuse_nan(Likelihood(logp, variance.sqrt(), None, nfe, terms))
 
     return elbo
 
@@ -233,7 +224,7 @@ class _Bound:
     def constant(self, data) -> float:
         """d log(σ_T/σ_eps); from eps it is −∫ ∇·(−f x) dt = d log(α_T/α_eps)."""
         (a, a_T), (s, s_T) = self._ends()
-        return data[0].numel() * math.log(a_T / a if self.from_eps else s_T / s)
+        return data.shape[1:].numel() * math.log(a_T / a if self.from_eps else s_T / s)
 
     def _perturb(self, data, t, z):
         """x_t of x_0, or of x_eps, and its standard deviation given it."""
@@ -276,7 +267,7 @@ class _Bound:
         leaves nothing of ‖z‖².
         """
         alpha, sigma = sde_lib.alpha_sigma(self.sde, t, x)
-        d, v = x[0].numel(), alpha**2 * SIGMA_DATA**2 + sigma**2
+        d, v = x.shape[1:].numel(), alpha**2 * SIGMA_DATA**2 + sigma**2
 
         def noise(y):
             return -expand(sigma, y) * score_fn(y, t)
@@ -297,7 +288,7 @@ class _Bound:
         x = mean + expand(std, data) * z
         sigma = sde_lib.alpha_sigma(self.sde, t, data)[1]
         e = -expand(sigma, x) * score_fn(x, t) - z
-        alpha, d = self._ends()[0][0], data[0].numel()
+        alpha, d = self._ends()[0][0], data.shape[1:].numel()
         return d * math.log(alpha) + 0.5 * (d - _square(e) + _excess(z))
 
 
@@ -307,7 +298,7 @@ def _square(x: torch.Tensor) -> torch.Tensor:
 
 def _excess(z: torch.Tensor) -> torch.Tensor:
     """‖z‖² − d, of mean zero."""
-    return _square(z) - z[0].numel()
+    return _square(z) - z.shape[1:].numel()
 
 
 def _pair_variance(values: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 import sde_lib
+from likelihood_bits import log_volume_at
 from likelihood_bounds import normal
 from likelihood_objective import get_elbo_loss_fn
 from models.utils import get_score_fn
@@ -74,27 +75,6 @@ def add_noise(images: torch.Tensor, u: torch.Tensor, levels: int) -> torch.Tenso
     """(k + u)/L in [0, 1), where rounding never takes k + u to the next level."""
     k = images.to(u.dtype)
     return torch.minimum(k + u, torch.nextafter(k + 1, k)) / levels
-
-
-def log_volume(dim: int, inverse_scaler: Callable, levels: int) -> float:
-    """log|det dx/du| of x = scaler((k + u)/L) in nats, for an affine scaler.
-
-    inverse_scaler maps x to [0, 1]; a scaler that bends has another volume at every x.
-    """
-    slope = abs(float(inverse_scaler(torch.tensor(1.0)) - inverse_scaler(torch.tensor(0.0))))
-    return -dim * (math.log(levels) + math.log(slope))
-
-
-def log_volume_at(x: torch.Tensor, inverse_scaler: Callable, levels: int) -> torch.Tensor:
-    """log|det dx/du| at x = scaler((k + u)/L) in nats, (B,), for any elementwise scaler.
-
-    By autograd, and differentiable in x where gradients are recorded.
-    """
-    grad = torch.is_grad_enabled() and x.requires_grad
-    with torch.inference_mode(False), torch.enable_grad():
-        at = x if grad else x.detach().clone().requires_grad_(True)
-        (slope,) = torch.autograd.grad(inverse_scaler(at).sum(), at, create_graph=grad)
-    return -(slope.abs().log() + math.log(levels)).flatten(1).sum(1)
 
 
 def log_weights(
@@ -203,9 +183,6 @@ def _draws_of(draws, j: int):
     return Draws(draws.seed, step, draws.first, draws.count, draws.total, draws.device)
 
 
-# --- what is refused ------------------------------------------------------------------------
-
-
 def check_levels(images: torch.Tensor) -> None:
     """Refuse what is not a batch of images of integer levels."""
     if images.is_floating_point() or images.is_complex() or images.ndim != 4:
@@ -213,32 +190,3 @@ def check_levels(images: torch.Tensor) -> None:
             f"expected images of integer levels, of shape (B, C, H, W), got {images.dtype} of "
             f"shape {tuple(images.shape)}; points and dequantised images need no dequantisation"
         )
-
-
-def refuse_discrete(x: torch.Tensor, inverse_scaler: Callable, levels: int) -> None:
-    """Refuse images of discrete values, whose density means nothing.
-
-    Refused are integers, and any image all of whose numbers are k/(L − 1) or k/L in [0, 1].
-
-    Args:
-      x: what a density is asked of, (B, *).
-      inverse_scaler: from x to [0, 1].
-      levels: L.
-
-    Raises: ValueError that says how to dequantise.
-    """
-    if x.is_floating_point():
-        unit = inverse_scaler(x.detach()).reshape(len(x), -1).double()
-        tolerance = max(1e-4, 8 * torch.finfo(x.dtype).eps * levels)
-        grids = [unit * (levels - 1), unit * levels]
-        on = [((g - g.round()).abs() <= tolerance).all(dim=1) for g in grids]
-        discrete = int((on[0] | on[1]).sum()) if unit.numel() else 0
-        if not discrete:
-            return
-        got = f"{discrete} of {len(x)} images of {levels} discrete values"
-    else:
-        got = f"numbers of type {x.dtype}"
-    raise ValueError(
-        f"a likelihood needs dequantised data, got {got}; add noise of one level's width as "
-        "data_lib.prepare(images, config, dequantize=True) does"
-    )

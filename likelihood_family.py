@@ -26,8 +26,8 @@ import torch
 
 import sde_lib
 from divergence import get_trace, mean_and_error, watched
-from likelihood_bits import Likelihood
-from likelihood_bounds import check_data, check_process, normal, numbered, tau_of
+from likelihood_bits import Likelihood, check_data, refuse_nan
+from likelihood_bounds import check_process, normal, numbered, tau_of
 from likelihood_paths import lambda_grid
 from models.utils import get_score_fn
 from sde_lib import double, sum_except_batch
@@ -80,7 +80,7 @@ def get_family_bound_fn(
         logp, error = mean_and_error(prior + path, stochastic)
         nfe = torch.full((len(data),), paths * per_path, device=data.device)
         terms = {"prior": prior.mean(dim=1), "path": path.mean(dim=1)}
-        return Likelihood(logp, error, codes[-1], nfe, terms)
+        return refuse_nan(Likelihood(logp, error, codes[-1], nfe, terms))
 
     return family_bound
 
@@ -138,7 +138,7 @@ class _Walk:
         probe, last = self.estimator.draw(self.data, draws), len(self.times) - 1
         y = (self.data - self.x_of(0, torch.zeros_like(self.data))) / self.alpha[0]
         value, rate = self.node(0, y, probe)
-        d = self.data[0].numel()
+        d = self.data.shape[1:].numel()
         total = torch.full_like(rate, d * math.log(self.alpha[-1] / self.alpha[0]))
         for i in range(last):
             y, martingale = self.step(i, y, value, draws)

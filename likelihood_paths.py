@@ -24,15 +24,8 @@ from collections.abc import Callable
 import torch
 
 import sde_lib
-from likelihood_bits import Likelihood
-from likelihood_bounds import (
-    check_data,
-    check_process,
-    check_stochastic,
-    normal,
-    numbered,
-    tau_of,
-)
+from likelihood_bits import Likelihood, check_data, refuse_nan
+from likelihood_bounds import check_process, check_stochastic, normal, numbered, tau_of
 from models.utils import get_score_fn
 from sde_lib import double, expand, sum_except_batch
 
@@ -101,7 +94,7 @@ def get_path_bound_fn(
         terms = {"prior": prior, "path": path, "offset": offset}
         terms["importance"] = logp - logw.mean(dim=0)
         nfe = torch.full((len(data),), paths * (steps + 1), device=data.device)
-        return Likelihood(logp, importance_error(logw), None, nfe, terms)
+        return refuse_nan(Likelihood(logp, importance_error(logw), None, nfe, terms))
 
     return path_bound
 
@@ -127,7 +120,7 @@ def _log_weight(sde, score_fn, data, times, tau: float, draws):
     coefficients = torch.tensor(times, dtype=torch.float64)
     alpha, sigma = sde_lib.alpha_sigma(sde, coefficients, data)
     lam = sde_lib.half_log_snr(sde, coefficients).tolist()
-    d = data[0].numel()
+    d = data.shape[1:].numel()
 
     def at(i: int, z):
         mean, std = sde.marginal_prob(data, ones * times[i])

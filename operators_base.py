@@ -212,22 +212,9 @@ class Operator:
         return self._conjugate_gradients(lambda w: r2 * self.forward(self.transpose(w)) + s2 * w, y)
 
     def _conjugate_gradients(self, matvec: Callable, b: Tensor) -> Tensor:
-        """w with matvec(w) = b, each sample by itself, from w = 0 (Hestenes and Stiefel 1952)."""
         tol = max(self.tolerance, 10 * torch.finfo(b.dtype).eps)
-        w, r, p = torch.zeros_like(b), b, b
-        rr = _dot(r, r)
-        goal = tol**2 * rr
-        for _ in range(self.iterations):
-            active = rr > goal
-            if not bool(active.any()):
-                return w
-            q = matvec(p)
-            step = torch.where(active, rr / _nonzero(_dot(p, q)), 0.0)
-            w, r = w + _rows(step, w) * p, r - _rows(step, r) * q
-            new = _dot(r, r)
-            p = r + _rows(torch.where(active, new / _nonzero(rr), 0.0), p) * p
-            rr = new
-        worst = float((rr / _nonzero(goal)).max()) ** 0.5 * tol
+        w, residual = conjugate_gradients(matvec, b, self.iterations, tol)
+        worst = float(residual.max())
         if worst > 1e3 * tol:
             warnings.warn(
                 f"{self!r}: conjugate gradients left a relative residual of {worst:.2g} after "
@@ -255,6 +242,33 @@ class Composition(Operator):
 
     def transpose(self, y):
         return self.inner.transpose(self.outer.transpose(y))
+
+
+def conjugate_gradients(
+    matvec: Callable, b: Tensor, iterations: int, tol: float
+) -> tuple[Tensor, Tensor]:
+    """w (B, *) with matvec(w) ≈ b, from w = 0, and ‖b − matvec(w)‖/‖b‖ (B,) by its recursion
+    (Hestenes and Stiefel 1952). Each sample is solved by itself: none sees another.
+
+    A sample is done when that is at most `tol`, or where the matrix shows a direction of no
+    positive curvature, as the Jacobian of an inexact network may.
+    """
+    w, r, p = torch.zeros_like(b), b, b
+    size = rr = _dot(r, r)
+    active = rr > tol**2 * size
+    for _ in range(iterations):
+        if not bool(active.any()):
+            break
+        q = matvec(p)
+        curvature = _dot(p, q)
+        active = active & (curvature > 0)
+        step = torch.where(active, rr / _nonzero(curvature), 0.0)
+        w, r = w + _rows(step, w) * p, r - _rows(step, r) * q
+        new = _dot(r, r)
+        p = r + _rows(torch.where(active, new / _nonzero(rr), 0.0), p) * p
+        rr = new
+        active = active & (rr > tol**2 * size)
+    return w, (rr / _nonzero(size)).sqrt()
 
 
 def _rows(v: Tensor, x: Tensor) -> Tensor:

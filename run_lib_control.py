@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import distributed
@@ -50,8 +51,10 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
         log.info("%s by checkpoint %d, step %d", config.control.task, number, state["step"])
         outcome = run()
         outcome.frames = outcome.frames or job.frames
-        write_outcome(outcome, folder)
+        files = write_outcome(outcome, folder)
+        remove_earlier(folder, files)
         about = {"checkpoint": number, "step": state["step"], "weights_sha256": weights}
+        about["files"] = files
         content = {**outcome.numbers, **about, "config": plain(config)}
         write_json(folder / "results.json", content)
         for line in summary(outcome):
@@ -60,11 +63,22 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
     return folder
 
 
-def write_outcome(outcome: Outcome, folder: Path) -> None:
-    """The samples, the comparison and the animation of an outcome as files in `folder`."""
+def remove_earlier(folder: Path, files: list[str]) -> None:
+    """Remove the files of an earlier run in this folder that are not among these."""
+    if (folder / "results.json").exists():
+        earlier = json.loads((folder / "results.json").read_text()).get("files", [])
+        for name in sorted(set(earlier) - set(files)):
+            (folder / name).unlink(missing_ok=True)
+
+
+def write_outcome(outcome: Outcome, folder: Path) -> list[str]:
+    """The samples, the comparison and the animation of an outcome as files in `folder`; their
+    names."""
+    files = ["comparison.png"]
     for name, samples in zip(outcome.names, outcome.samples):
         for k, sample in enumerate(samples):
-            visualize.save_image(sample.clamp(0, 1), folder / f"{name}_{k:02d}.png")
+            files.append(f"{name}_{k:02d}.png")
+            visualize.save_image(sample.clamp(0, 1), folder / files[-1])
     samples = outcome.samples.unbind(1)[: len(outcome.headings) or SHOWN]
     headings = outcome.headings or [f"sample {k + 1}" for k in range(len(samples))]
     columns = [*outcome.columns, *zip(headings, samples)]
@@ -73,9 +87,11 @@ def write_outcome(outcome: Outcome, folder: Path) -> None:
     if outcome.truth is not None:
         columns.append(("truth", outcome.truth))
     shown = [(name, images.clamp(0, 1)) for name, images in columns]
-    save_comparison(shown, folder / "comparison.png")
+    save_comparison(shown, folder / "comparison.png", rows=outcome.names)
     if outcome.frames:
-        visualize.animation(outcome.frames, folder / "sampling.webp")
+        files.append("sampling.webp")
+        visualize.animation(outcome.frames, folder / files[-1])
+    return files
 
 
 def summary(outcome: Outcome) -> list[str]:

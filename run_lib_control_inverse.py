@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,11 @@ import operators
 import sampling
 from controllable_generation import get_pc_colorizer, get_pc_inpainter
 from controllable_generation_methods import get_inverse_solver, load_inverse_solvers
+from controllable_generation_posterior import RULES
 from run_lib_control_job import Job, Outcome
 from run_lib_images import read_images, read_mask
+from run_lib_journal import log
+from run_lib_samples import conditions
 from sampling_loop import solver_options, with_options
 
 #: Tasks that undo a measurement: its operator, and how by default.
@@ -23,6 +27,11 @@ MEASUREMENTS = {
     "superres": ("superres", "ddnm"),
     "deblur": ("deblur_gaussian", "ddnm"),
 }
+#: Methods that are told of the data's standard deviation, and what it is taken to be, of pixels in
+#: [0, 1]; EDM's σ_data = 0.5 of [−1, 1].
+TOLD_OF_DATA_STD, DATA_STD = (*RULES, "smc"), 0.25
+#: An error of pixels in [0, 1] that can be seen, beside that of rounding itself.
+VISIBLE = 0.1
 #: Measurements that are images of pixels in [0, 1], so that a file can hold one.
 _PICTURES = ("mask", "grey", "superres", "superres_bicubic", "deblur_gaussian", "deblur_motion")
 
@@ -31,11 +40,15 @@ def invert(job: Job) -> Callable[[], Outcome]:
     """Samples given a measurement y = A x + σ z of each image."""
     c = job.config.control
     operator_name, method = MEASUREMENTS.get(c.task, (c.task, "ddnm"))
-    method = c.method or ("mmps" if c.noise and method == "ddnm" else method)
+    if operator_name == "grey" and c.operator:  # the paper's is the mean of the channels
+        method = "ddnm"
     A = _operator(job, operator_name)
+    std = c.noise or _rounding(job, A)
+    method = c.method or ("mmps" if std else method)
+    job.labels(range(1))  # says now what is wrong with the class
     names, truth, y = _measure(job, A, operator_name)
     k = c.num_samples
-    noise = c.noise * job.slope
+    noise = std * job.slope
     repeated = y.repeat_interleave(k, dim=0)
     if method == "pc":
         sampler_of = _paper(job, A, operator_name, repeated)
@@ -54,7 +67,7 @@ def invert(job: Job) -> Callable[[], Outcome]:
             "images": len(y),
             "samples_per_image": k,
             "constraint_error": float(error.square().mean().sqrt()) / job.slope,
-            "noise": c.noise,
+            "noise": std,
         }
         if truth is not None:
             numbers |= quality(samples, truth)
@@ -62,6 +75,20 @@ def invert(job: Job) -> Callable[[], Outcome]:
         return Outcome(names, samples, columns, numbers, truth)
 
     return run
+
+
+def _rounding(job: Job, A: operators.Operator) -> float:
+    """The standard deviation of the rounding of a measurement in a file, of pixels in [0, 1], where
+    A⁺ would blow it up to what can be seen; 0 where it would not, and of measurements made here."""
+    rounding = 1 / (math.sqrt(12) * (job.config.data.levels - 1))
+    if not job.config.control.measured:
+        return 0.0
+    if A.svd is not None:
+        s = A.svd.values
+        if rounding * s.max() < VISIBLE * s[A.svd.nonzero(s.float())].min():
+            return 0.0
+    log.info("the measurement is taken to have the noise of its rounding, %.2g", rounding)
+    return rounding
 
 
 def quality(samples: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
@@ -127,11 +154,17 @@ def _picture(job: Job, A: operators.Operator, name: str, y: torch.Tensor) -> tor
 
 def _paper(job: Job, A, name: str, y: torch.Tensor) -> Callable:
     """The paper's inpainting and colouring, with the configured predictor and corrector."""
+    c, known = job.config.control, ", ".join(sorted(load_inverse_solvers()))
     if name not in ("mask", "inpaint", "grey"):
-        known = ", ".join(sorted(load_inverse_solvers()))
         raise ValueError(
             f"control.method='pc' is for 'inpaint' and 'colorize', got task {name!r}; use one of "
             f"{known}"
+        )
+    if c.noise or (name == "grey" and c.operator):
+        what = "measurements without noise" if c.noise else "the mean of the channels"
+        raise ValueError(
+            f"control.method='pc' is for {what}, got control.noise={c.noise:g} and "
+            f"control.operator={dict(c.operator)}; use one of {known}"
         )
     make = get_pc_colorizer if name == "grey" else get_pc_inpainter
     fn = with_options(make, dict(job.config.control.options), "control.method 'pc'")
@@ -139,7 +172,10 @@ def _paper(job: Job, A, name: str, y: torch.Tensor) -> Callable:
 
     def sampler_of(places: range, callback):
         sampler = fn(*steppers(job), **settings_of(job, places, callback))
-        score_fn, part = job.score(), y[places.start : places.stop].to(job.config.device)
+        score_fn, part = (
+            job.score(job.labels(places)),
+            y[places.start : places.stop].to(job.config.device),
+        )
         if known is None:
             samples = sampler(score_fn, part)
         else:
@@ -184,8 +220,8 @@ def settings_of(job: Job, places: range, callback) -> dict[str, Any]:
 
 def noise_of(job: Job, places: range) -> dict[str, Any]:
     """A seed for each sample, or a generator for the batch where Langevin steps refuse seeds."""
-    numbers, langevin = torch.Size(job.shape).numel(), job.config.sampling.corrector == "langevin"
-    if langevin and numbers < sampling.LangevinCorrector.MIN_NUMBERS:
+    numbers, corrector = torch.Size(job.shape).numel(), job.config.sampling.corrector
+    if corrector.lower() == "langevin" and numbers < sampling.LangevinCorrector.MIN_NUMBERS:
         generator = torch.Generator().manual_seed(job.seeds(places)[0])
         return {"generator": generator}
     return {"seeds": job.seeds(places)}
@@ -194,16 +230,21 @@ def noise_of(job: Job, places: range) -> dict[str, Any]:
 def _solver(job: Job, method: str, A, y: torch.Tensor, noise: float) -> Callable:
     """The inverse solver `method`, with `config.control.options`."""
     solver = get_inverse_solver(method)
-    options = dict(job.config.control.options)
-    takes = inspect.signature(solver).parameters
+    takes, options = inspect.signature(solver).parameters, dict(job.config.control.options)
+    if method in TOLD_OF_DATA_STD:
+        options = {"data_std": DATA_STD * job.slope, **options}
 
     def sampler_of(places: range, callback):
         part = y[places.start : places.stop].to(job.config.device)
         told = {"seeds": job.seeds(places), "progress": True, **job.grid(), **options}
         if "callback" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values()):
             told["callback"] = callback
-        shape = (len(part), *job.shape)
-        return solver(job.process, shape, A, part, noise=noise, **told)(job.score())
+        shape, labels = (len(part), *job.shape), job.labels(places)
+        if method == "smc":  # whose states are (B, K, *), K particles for each
+            told["callback"] = callback and (lambda i, t, x, ess: callback(i, t, x[:, 0], x[:, 0]))
+            told["conditions"] = {} if labels is None else conditions(job.config, labels)
+            labels = None
+        return solver(job.process, shape, A, part, noise=noise, **told)(job.score(labels))
 
     told = {**job.grid(), **options}
     solver(job.process, (1, *job.shape), A, y[:1], noise=noise, **told)  # checked now

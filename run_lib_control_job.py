@@ -48,6 +48,7 @@ class Job:
         self.scale = data_lib.get_data_scaler(config)
         self.unscale = data_lib.get_data_inverse_scaler(config)
         self.frames: list[tuple[float, torch.Tensor]] = []
+        self._end: list[tuple[float, torch.Tensor]] = []
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -67,6 +68,27 @@ class Job:
         if data.uniform_dequantization:
             return (levels.float() + 0.5) / data.levels
         return levels.float() / (data.levels - 1)
+
+    def labels(self, places: range) -> torch.Tensor | None:
+        """The class `control.label` for each of these samples, where the network is told of one.
+
+        Raises: ValueError for a class that is none, and where a network that was never trained
+          without one is given none.
+        """
+        m, label = self.config.model, self.config.control.label
+        if label >= max(m.num_classes, 0) and label >= 0:
+            raise ValueError(
+                f"control.label={label}: expected "
+                + (f"0 to {m.num_classes - 1}" if m.num_classes else "-1: the network takes none")
+            )
+        if label >= 0:
+            return torch.full((len(places),), label)
+        if m.num_classes and not m.label_dropout:
+            raise ValueError(
+                f"a network of model.num_classes={m.num_classes}, trained without label_dropout, "
+                "draws nothing without a class; set --config.control.label"
+            )
+        return None
 
     def score(self, labels: torch.Tensor | None = None):
         """The network's score on the process of the sampling, told the labels."""
@@ -101,18 +123,27 @@ class Job:
             places = range(start, min(start + size, count))
             callback = self._keep_frames() if start == 0 else None
             samples, evaluations = sampler_of(places, callback)
+            if start == 0 and self._end:
+                self.frames.append(self._frame(*self._end.pop()))
             parts.append(self.unscale(samples).float().cpu())
         return torch.cat(parts), int(evaluations)
 
     def _keep_frames(self):
-        steps = self.config.sampling.steps or self.process.N
-        every, self.frames = max(steps // FRAMES, 1), []
+        """A callback that keeps FRAMES to 2 FRAMES states, however often it is called, and the last
+        one's mean."""
+        calls, every, self.frames = 0, 1, []
 
         def callback(i, t, x, x_mean):
-            if i % every == 0 or i == steps - 1:
-                state = x_mean if i == steps - 1 else x
-                self.frames.append((float(t), self.unscale(state[:ANIMATED]).float().cpu()))
-            if len(self.frames) > 4 * FRAMES:  # of a sampler that sets its own steps
+            nonlocal calls, every
+            if calls % every == 0:
+                self.frames.append(self._frame(t, x[:ANIMATED]))
+            if len(self.frames) > 2 * FRAMES:
                 del self.frames[1::2]
+                every *= 2
+            calls += 1
+            self._end = [(t, x_mean[:ANIMATED])]
 
         return callback
+
+    def _frame(self, t: float, x: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return float(t), self.unscale(x).float().cpu()

@@ -7,17 +7,19 @@ once, and returns the work: run() -> Outcome.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from controllable_generation_projection import get_sdedit_sampler
 
 import operators
 import sampling
 from controllable_generation import classifier_score
+from controllable_generation_projection import get_sdedit_sampler
 from run_lib_control_inverse import MEASUREMENTS, invert, noise_of, quality
 from run_lib_control_job import Job, Outcome
-from run_lib_dequantization import load_trained
+from run_lib_guidance import load_classifier
 from run_lib_images import read_images
 
 
@@ -40,13 +42,18 @@ def edit(job: Job) -> Callable[[], Outcome]:
     names, levels = read_images(job.config)
     guide = job.unit(levels)
     repeated = job.scale(guide).repeat_interleave(k, dim=0)
-    told = {"t0": c.strength * job.process.T, **job.grid(), **dict(c.options)}
+    grid = job.grid()
+    grid["steps"] = max(round(c.strength * grid["steps"]), 2)
+    told = {"t0": c.strength * job.process.T, **grid, **dict(c.options)}
 
     def sampler_of(places: range, callback):
         part = repeated[places.start : places.stop].to(job.config.device)
         own = {"seeds": job.seeds(places), "callback": callback, "progress": True}
-        return get_sdedit_sampler(job.process, part.shape, None, part, **told, **own)(job.score())
+        return get_sdedit_sampler(job.process, part.shape, None, part, **told, **own)(
+            job.score(job.labels(places))
+        )
 
+    job.labels(range(1))
     get_sdedit_sampler(job.process, repeated[:1].shape, None, repeated[:1], **told)
 
     def run():
@@ -65,8 +72,7 @@ def draw_classes(job: Job) -> Callable[[], Outcome]:
     config, c = job.config, job.config.control
     k, trained = c.num_samples, None
     if c.classifier:
-        trained = load_trained(c.classifier, "control.classifier", str(config.device))
-        _check_classifier(config, trained)
+        trained = load_classifier(config, c.classifier, "control.classifier")
         classes = trained.config.model.num_classes
     elif config.model.num_classes:
         classes = config.model.num_classes
@@ -79,16 +85,18 @@ def draw_classes(job: Job) -> Callable[[], Outcome]:
         raise ValueError(f"control.label={c.label}: expected 0 to {classes - 1}, or -1 for all")
     labels = torch.tensor([c.label]) if c.label >= 0 else torch.arange(classes)
     repeated = labels.repeat_interleave(k)
+    interval = tuple(config.sampling.guidance_interval) or (0.0, math.inf)
+    how: dict[str, Any] = {"w": c.weight, "interval": interval}
 
     def guided(part: torch.Tensor):
         part = part.to(config.device)
         if trained is not None:
             own = part if config.model.num_classes else None
-            return classifier_score(job.score(own), trained.model, part, c.weight)
+            return classifier_score(job.score(own), trained.model, part, **how)
         told = job.score(part)
         if not c.weight:
             return told
-        return sampling.classifier_free_guidance(told, job.score(), c.weight)
+        return sampling.classifier_free_guidance(told, job.score(), **how)
 
     def sampler_of(places: range, callback):
         shape = (len(places), *job.shape)
@@ -111,18 +119,6 @@ def draw_classes(job: Job) -> Callable[[], Outcome]:
     return run
 
 
-def _check_classifier(config, trained) -> None:
-    there, here = trained.config, config
-    names = ("image_size", "num_channels", "centered")
-    differ = [name for name in names if there.data[name] != here.data[name]]
-    if differ or there.model.num_classes < 2 or there.training.objective != "classifier":
-        what = ", ".join(differ) or "training.objective='classifier'"
-        raise ValueError(
-            f"control.classifier={config.control.classifier!r} does not fit the network ({what}); "
-            "train one on the same data (configs/classifier/)"
-        )
-
-
 @torch.no_grad()
 def _agreement(job: Job, classifier, samples: torch.Tensor, labels: torch.Tensor) -> float:
     """The share of samples that the classifier itself takes for the class asked for, at eps."""
@@ -143,23 +139,25 @@ def interpolate(job: Job) -> Callable[[], Outcome]:
             "control.task='interpolate' needs two images or more, got one; give a folder"
         )
     images, between = job.unit(levels), c.num_samples
+    mixed_n = (len(names) - 1) * between
+    job.labels(range(1))
     options = {"eps": job.eps, "continuous": job.config.training.continuous, **dict(c.options)}
 
     def run():
-        score_fn = job.score()
+        score_fn, mixing = (job.score(job.labels(range(n))) for n in (len(names), mixed_n))
         x = job.scale(images).to(job.config.device)
         codes, encoded = sampling.encode(job.process, score_fn, x, **options)
         again, decoded = sampling.decode(job.process, score_fn, codes, **options)
         w = torch.arange(1, between + 1, device=codes.device) / (between + 1)
         path = sampling.slerp(codes[:-1], codes[1:], w).transpose(0, 1)  # (n − 1, between, *)
         flat = c.temperature * path.reshape(-1, *job.shape)
-        mixed, _ = sampling.decode(job.process, score_fn, flat, **options)
+        mixed, more = sampling.decode(job.process, mixing, flat, **options)
         samples = job.unscale(mixed).float().cpu().reshape(-1, between, *job.shape)
         error = (again - x).square().mean().sqrt()
         numbers = {
             "task": "interpolate",
             "temperature": c.temperature,
-            "evaluations": int(encoded) + int(decoded),
+            "evaluations": int(encoded) + int(decoded) + int(more),
             "round_trip_rms": float(error) / job.slope,
             "code_norm_per_number": float(codes.square().mean().sqrt()),
         }

@@ -2,18 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-
 import data_lib
 import losses
-import models.ema
-from checkpoints import restore_checkpoint
-from configs.validation import complete, flatten
 from likelihood_dequantization import (
     UniformDequantizer,
     VariationalDequantizer,
@@ -21,9 +11,9 @@ from likelihood_dequantization import (
     get_differentiable_elbo_fn,
     levels_of,
 )
-from models.utils import create_model
 from run_lib_checks import NO_SCORE
-from run_lib_state import checkpoint_path, list_checkpoints, weights_hash
+from run_lib_state import weights_hash
+from run_lib_trained import check_agreement, load_trained
 
 #: What a dequantizer and a score model must agree on, and also to be trained on each other.
 _IMAGES = ("data.dataset", "data.image_size", "data.num_channels", "data.levels")
@@ -57,7 +47,7 @@ def get_dequantizer(config, device=None) -> UniformDequantizer | VariationalDequ
             f"{trained.config.model.name!r}; train one with --config.training.objective="
             "dequantization"
         )
-    _check_agreement(config, trained, key, _IMAGES)
+    check_agreement(config, trained, key, _IMAGES)
     about = {"dequantizer": str(trained.path), "dequantizer_step": trained.step}
     return VariationalDequantizer(
         trained.model, {**about, "dequantizer_weights": weights_hash(trained.model)}
@@ -85,7 +75,7 @@ def dequantization_objective(config, sde, train: bool) -> losses.Objective:
     if score.config.training.objective in NO_SCORE:
         name = score.config.model.name
         raise ValueError(f"config.{key}: expected a score model, got a {name!r}, {score.path}")
-    _check_agreement(config, score, key, (*_IMAGES, *_PROCESS))
+    check_agreement(config, score, key, (*_IMAGES, *_PROCESS))
     scalers = {
         "scaler": data_lib.get_data_scaler(config),
         "inverse_scaler": data_lib.get_data_inverse_scaler(config),
@@ -110,77 +100,3 @@ def dequantization_objective(config, sde, train: bool) -> losses.Objective:
         return bits, times[0]
 
     return losses.Objective(per_image)
-
-
-# --- trained networks -----------------------------------------------------------------------
-
-
-class Trained(NamedTuple):
-    """A frozen network with its averaged weights, in evaluation mode, and where it came from."""
-
-    config: Any
-    model: torch.nn.Module
-    path: Path
-    step: int
-
-
-def load_trained(where: str, key: str, device: str) -> Trained:
-    """The network that `config.<key>` = `where` names: a workdir, or a checkpoint in one.
-
-    Raises: FileNotFoundError where it is not there, ValueError where it cannot be read.
-    """
-    workdir, path = _locate(where, key)
-    return _load(workdir, path, device, path.stat().st_mtime_ns)
-
-
-@functools.lru_cache(maxsize=2)  # the steps of training and of evaluation share one
-def _load(workdir: Path, path: Path, device: str, written: int) -> Trained:
-    settings = json.loads((workdir / "config.json").read_text())
-    config = complete({**settings, "device": device})
-    model = create_model(config)
-    state = {
-        "model": model,
-        "ema": models.ema.from_config(config, model.parameters()),
-        "step": 0,
-    }
-    restore_checkpoint(path, state, device)
-    state["ema"].copy_to(model.parameters())
-    return Trained(config, model.eval().requires_grad_(False), path, state["step"])
-
-
-def _locate(where: str, key: str) -> tuple[Path, Path]:
-    """The workdir and the checkpoint that `where` names."""
-    if not where:
-        raise ValueError(f"expected --config.{key}=WORKDIR, of a training or a checkpoint, got ''")
-    path = Path(where).expanduser()
-    if path.is_dir():
-        numbers = list_checkpoints(path)
-        workdir, path = path, checkpoint_path(path, numbers[-1] if numbers else 0)
-    else:
-        beside = [folder for folder in path.parents if (folder / "config.json").exists()]
-        workdir = next((folder for folder in beside[:1]), path.parent.parent)
-    for needed in (path, workdir / "config.json"):
-        if not needed.exists():
-            raise FileNotFoundError(
-                f"config.{key}={where!r}: expected the workdir of a training, or a checkpoint in "
-                f"one, got no {needed}"
-            )
-    return workdir, path
-
-
-def _check_agreement(config, trained: Trained, key: str, names: tuple[str, ...]) -> None:
-    there, here = (dict(flatten(c)) for c in (trained.config, config))
-    differ = [
-        f"{name}: {there[name]!r} there, {here[name]!r} here"
-        for name in names
-        if _plain(there[name]) != _plain(here[name])
-    ]
-    if differ:
-        raise ValueError(
-            f"config.{key}: {trained.path} does not fit this configuration "
-            f"({'; '.join(differ)}); use its settings, or another checkpoint"
-        )
-
-
-def _plain(value):
-    return value.lower() if isinstance(value, str) else value

@@ -15,6 +15,7 @@ import torch
 import data_lib
 import distributed
 import losses
+import run_lib_pictures
 import run_lib_toys
 import sde_lib
 import visualize
@@ -45,7 +46,8 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
 
     Leaves in workdir/eval_folder, for checkpoint k: ckpt_<k>.json with every number and its
     protocol, ckpt_<k>_bpd.npz (bits/dim by image and repeat; also _bpd_elbo, _bpd_iw and _gaps),
-    ckpt_<k>_samples.npz (uint8), ckpt_<k>_samples.png and ckpt_<k>_sampling.webp; in
+    ckpt_<k>_samples.npz (uint8), ckpt_<k>_samples.png, ckpt_<k>_sampling.webp and, where asked for,
+    ckpt_<k>_frames/; of points ckpt_<k>_<figure>.png (`run_lib_pictures.py`); in
     workdir/tensorboard scalars eval/…; and workdir/report.html on the last of them. Files on data
     of another name than those of the training end in that name: ckpt_<k>_svhn.json,
     report_svhn.html.
@@ -109,8 +111,10 @@ def suffix_of(config, workdir: Path) -> str:
     path = workdir / "config.json"
     if not path.exists():
         return ""
-    known = json.loads(path.read_text()).get("data", {}).get("dataset", "")
-    return "" if known.lower() in ("", config.data.dataset.lower()) else f"_{data_name(config)}"
+    data = json.loads(path.read_text()).get("data", {})
+    known, image = data.get("dataset", "").lower(), Path(data.get("image", "")).stem
+    same = known in ("", config.data.dataset.lower()) and image == Path(config.data.image).stem
+    return "" if same else f"_{data_name(config)}"
 
 
 class Evaluation:
@@ -176,8 +180,16 @@ class Evaluation:
             if distributed.is_main():
                 suffix = suffix_of(self.config, workdir)
                 to_tensorboard(workdir, results.content, suffix)
-                write_report(self.config, workdir, stem, suffix, results.content, self.sets, frames)
+                about = (results.content, self.sets, frames, self.pictures(stem, results.content))
+                write_report(self.config, workdir, stem, suffix, *about)
         return distributed.broadcast(results.content)
+
+    def pictures(self, stem: Path, results: dict[str, Any]) -> dict[str, str]:
+        """Captions of the figures `stem`_<name>.png, which are drawn now; of points only."""
+        if not (self.points and self.config.eval.figures):
+            return {}
+        scored = Path(f"{stem}_likelihood.npz") if "likelihood" in results else None
+        return run_lib_pictures.write_pictures(self.config, self.sde, self.model, stem, scored)
 
     def likelihoods(self, keep, path: Path) -> None:
         """Log-likelihoods of points, in nats, and what they are compared with, at `path`."""
@@ -265,6 +277,8 @@ class Evaluation:
                 visualize.save_grid(shown, f"{stem}_samples.png")
                 if frames:
                     visualize.animation(frames, f"{stem}_sampling.webp")
+                    if self.config.eval.keep_frames:
+                        _draw_frames(frames, Path(f"{stem}_frames"))
         return about, scores, frames
 
     def _with_pixels(self, samples: torch.Tensor, scores: dict | None) -> dict[str, Any]:
@@ -300,6 +314,14 @@ def _write_frames(path: Path, frames, made_by: dict[str, Any]) -> None:
         times, states = zip(*frames)
         content = {"made_by": name_of(made_by), "times": times, "frames": torch.stack(states)}
         visualize.write_npz(path, {key: np.asarray(value) for key, value in content.items()})
+
+
+def _draw_frames(frames, folder: Path) -> None:
+    """A PNG file of each frame, folder/<number>.png, in place of those of an earlier evaluation."""
+    for old in folder.glob("[0-9]*.png"):
+        old.unlink()
+    for i, (_, state) in enumerate(frames):
+        visualize.save_grid(state, folder / f"{i:04d}.png")
 
 
 def _read_frames(path: Path, made_by: dict[str, Any]):

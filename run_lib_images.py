@@ -10,6 +10,7 @@ import torch
 import data_lib
 from data_lib_files import EXTENSIONS, decode
 from operators import PATTERNS, mask_pattern
+from run_lib_journal import log
 from run_lib_state import fixed_subset
 
 
@@ -35,9 +36,19 @@ def read_images(config, size: int = 0, channels: int = 0) -> tuple[list[str], to
         held_out = data_lib.get_image_sets(config)[1]
         chosen = fixed_subset(len(held_out), c.num_images)
         return [f"held_out_{int(i):05d}" for i in chosen], held_out.take(chosen)
-    paths = _files(Path(c.image).expanduser())[: c.num_images]
+    found = _files(Path(c.image).expanduser())
+    paths = found[: c.num_images]
+    if len(found) > len(paths):
+        log.warning("the first %d of %d images in %s; see control.num_images", len(paths),
+                    len(found), c.image)  # fmt: skip
     images = [_decode(path, size, channels, c.fit) for path in paths]
-    return [path.stem for path in paths], _to_levels(torch.from_numpy(np.stack(images)), config)
+    return _names(paths), _to_levels(torch.from_numpy(np.stack(images)), config)
+
+
+def _names(paths: list[Path]) -> list[str]:
+    """The files' names without their extensions, where that leaves them different."""
+    stems = [path.stem for path in paths]
+    return [p.name.replace(".", "_") if stems.count(p.stem) > 1 else p.stem for p in paths]
 
 
 def _files(path: Path) -> list[Path]:
@@ -45,7 +56,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"control.image: expected an image or a folder of them at {path}")
-    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS)
+    found = sorted(p for p in path.iterdir() if p.suffix.lower() in EXTENSIONS and p.is_file())
     if not found:
         raise FileNotFoundError(f"control.image: expected images in the folder {path}, found none")
     return found
@@ -57,8 +68,12 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
 
     try:
         with Image.open(path) as opened:
-            found, mode = opened.size, opened.mode
+            found, mode, transparent = opened.size, opened.mode, False
+            if opened.has_transparency_data:
+                lowest = opened.convert("RGBA").getchannel("A").getextrema()[0]
+                transparent = lowest < 255  # type: ignore[operator]
         pixels = decode(path.read_bytes(), channels, size)
+        colours = decode(path.read_bytes(), 3, size).astype(int)
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
@@ -71,8 +86,16 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
             f"{path}: expected an image of {size} x {size} pixels, got {found[0]} x {found[1]}; "
             "resize it, or set --config.control.fit=True"
         )
-    grey = mode in ("1", "L", "LA", "F") or mode.startswith("I")
-    if not fit and not recolour and grey != (channels == 1):
+    if transparent and not fit:
+        raise ValueError(
+            f"{path}: expected an image without transparent pixels, which would be laid on white; "
+            "flatten it, or set --config.control.fit=True"
+        )
+    if channels == 1:  # a grey picture may be saved with a palette, or with three equal channels
+        wrong = np.ptp(colours, axis=0).max() > 2
+    else:
+        wrong = mode in ("1", "L", "LA", "F") or mode.startswith("I")
+    if not fit and not recolour and wrong:
         wanted = "grey" if channels == 1 else "colour"
         raise ValueError(
             f"{path}: expected an image in {wanted}, got Pillow's mode {mode}; convert it, or set "
@@ -110,6 +133,12 @@ def read_mask(config, shape: tuple[int, int, int], share: float = 0.5, seed: int
                 f"{', '.join(PATTERNS)}; got {name!r}"
             )
         pixels = _decode(path, size, 1, config.control.fit, recolour=True)
+        share = float(((pixels > 63) & (pixels < 192)).mean())
+        if share > 0.1 and not config.control.fit:
+            raise ValueError(
+                f"control.mask: expected black and white, got {share:.0%} grey pixels in {path}; "
+                "make it so, or set --config.control.fit=True to take light ones as known"
+            )
         known = torch.from_numpy(pixels)[0] > 127
     if known.all() or not known.any():
         raise ValueError(

@@ -17,7 +17,8 @@ import likelihood_bounds
 import likelihood_paths
 import ode
 import sde_lib
-from likelihood_dequantization import log_volume, log_weights
+from likelihood_bits import log_volume_at
+from likelihood_dequantization import log_weights
 from models.utils import unwrap
 from randomness import Draws
 from run_lib_dequantization import get_dequantizer
@@ -159,17 +160,20 @@ class Bits:
             which are the same for every dequantisation.
 
         Returns: arrays (B, count): 'bpd', 'error' of its own numbers, 'evaluations', and
-          'term_<name>', which with the constant `levels` add up to 'bpd'.
+          'term_<name>', which add up to 'bpd'; 'term_levels' is of going from integer levels to
+          what the network sees.
         """
 
         def stacked(values):
             return sde_lib.double(torch.stack(list(values)))
 
         told = conditioned(self.config, self.sde, self.model, conditions(self.config, labels))
-        dequantizer, found = dequantizer or self.dequantizer, []
+        dequantizer, found, volumes = dequantizer or self.dequantizer, [], []
+        levels = self.config.data.levels
 
         def log_density(x, draws):
             found.append(fn(told, x, draws=draws)._replace(code=None))
+            volumes.append(log_volume_at(x, self.inverse_scaler, levels))
             return sde_lib.double(found[-1].logp)
 
         logw = log_weights(
@@ -178,7 +182,7 @@ class Bits:
             log_density,
             scaler=data_lib.get_data_scaler(self.config),
             inverse_scaler=self.inverse_scaler,
-            levels=self.config.data.levels,
+            levels=levels,
             count=count,
             draws=draws,
         )
@@ -186,20 +190,17 @@ class Bits:
             f"term_{name}": -stacked(each.terms[name] for each in found) / self.nats
             for name in found[0].terms
         }
+        columns["term_levels"] = -stacked(volumes) / self.nats
         bits = -logw / self.nats
         if dequantizer.protocol()["dequantization"] != "uniform":
             logp = stacked(each.logp for each in found)
-            columns["term_dequantization"] = bits + logp / self.nats - self.levels  # log q
+            columns["term_dequantization"] = (
+                bits + logp / self.nats - columns["term_levels"]
+            )  # log q
         columns["bpd"] = bits
         columns["error"] = stacked(each.error for each in found) / self.nats
         columns["evaluations"] = torch.stack([each.nfe for each in found])
         return {key: value.T.cpu().numpy() for key, value in columns.items()}
-
-    @property
-    def levels(self) -> float:
-        """Bits/dim of going from integer levels to what the network sees."""
-        volume = log_volume(self.dim, self.inverse_scaler, self.config.data.levels)
-        return -volume / self.nats
 
     def take(self, places: range, words: tuple, repeats: int = 1):
         """The images at these places, `repeats` copies of each: their indices in the set, integer
@@ -285,8 +286,8 @@ class Bits:
 
     def terms(self, rows: Arrays) -> dict[str, float]:
         """What the mean bits/dim of these rows is the sum of, by name."""
-        terms = {key: float(rows[key].mean()) for key in sorted(rows) if key.startswith("term_")}
-        return {**{k.removeprefix("term_"): v for k, v in terms.items()}, "levels": self.levels}
+        names = sorted(key for key in rows if key.startswith("term_"))
+        return {key.removeprefix("term_"): float(rows[key].mean()) for key in names}
 
     # --- how ----------------------------------------------------------------------------------
 

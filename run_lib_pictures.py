@@ -20,7 +20,7 @@ import visualize_plane
 from data_lib_points import get_density
 from models.utils import get_score_fn
 from run_lib_journal import log
-from run_lib_samples import sampling_eps
+from run_lib_samples import Sampler
 from run_lib_shards import UNREADABLE
 from sampling_noise import NoiseSource
 from visualize_points import HALF_SIDE
@@ -54,12 +54,12 @@ class Pictures:
     """
 
     def __init__(self, config, sde, model):
-        self.config, self.model = config, model
-        self.sde = sde_lib.sampling_process(config, sde)
+        sampler = Sampler(config, sde, model)
+        self.config, self.sde, self.model = config, sampler.process, sampler.told({})
         self.density = get_density(config)
-        self.eps = sampling_eps(config, self.sde)
+        self.eps = sampler.eps
         self.continuous = config.training.continuous
-        self.score_fn = get_score_fn(self.sde, model, train=False, continuous=self.continuous)
+        self.score_fn = get_score_fn(self.sde, self.model, train=False, continuous=self.continuous)
         self.grid = evaluation_points.grid(HALF_SIDE, CELLS)[0]
         self.log_p = self.density.log_density(self.grid)
 
@@ -204,10 +204,10 @@ class Pictures:
         return visualize_plane.path_panels(states, log_density=self.log_p, over=over)
 
     @functools.cache  # noqa: B019  (an object of one evaluation)
-    def _marginal(self, t: float, cells: int = CELLS) -> torch.Tensor:
-        """log p_t of x_t/√(α² + σ²), but for a constant, on the grid of `cells`² cells."""
+    def _marginal(self, t: float, cells: int = 0) -> torch.Tensor:
+        """log p_t of x_t/√(α² + σ²), but for a constant, on `cells`² cells, by default `grid`."""
         alpha, sigma = self._coefficients(t)
-        grid = self.grid if cells == CELLS else evaluation_points.grid(HALF_SIDE, cells)[0]
+        grid = evaluation_points.grid(HALF_SIDE, cells)[0] if cells else self.grid
         return self.density.log_density(self._size(t) * grid, alpha, sigma)
 
     def _unit(self, states: torch.Tensor, times: list[float]) -> torch.Tensor:
@@ -276,17 +276,22 @@ def _smooth(x: torch.Tensor, width: float) -> torch.Tensor:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def write_pictures(config, sde, model, stem: Path) -> dict[str, str]:
+def write_pictures(
+    config, sde, model, stem: Path, likelihoods: Path | None = None
+) -> dict[str, str]:
     """Draw the figures of a network on points, and write them as `stem`_<name>.png.
 
     A figure that cannot be drawn is logged with the reason and left out: numbers are not lost.
 
+    Args:
+      likelihoods: a file of `run_lib_toys.Likelihoods`, whose log-densities are drawn too.
+
     Returns: captions, by name, of those that were written.
     """
     pictures = Pictures(config, sde, model).pictures()
-    if Path(f"{stem}_likelihood.npz").exists():
+    if likelihoods is not None:
         pictures["likelihood"] = Picture(
-            functools.partial(likelihood_map, Path(f"{stem}_likelihood.npz")),
+            functools.partial(likelihood_map, likelihoods),
             "The exact log-density, the model's by the probability-flow ODE, and their difference "
             "where there are data.",
         )

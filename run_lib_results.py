@@ -76,13 +76,16 @@ def to_tensorboard(workdir: Path, results: dict[str, Any], suffix: str) -> None:
                     writer.add_scalar(f"eval{suffix}/{tag}", value, results["step"])
 
 
-def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, frames) -> None:
+def write_report(
+    config, workdir: Path, stem: Path, suffix: str, results, sets, frames, pictures=None
+) -> None:
     """Write workdir/report.html on all that is known of the checkpoint, and of those before it.
 
     Args:
       suffix: of the files, where the data are not those of the training.
       sets: the training and the evaluation images; None where they are not there.
       frames: of the sampling of some samples, or None.
+      pictures: captions of the figures `stem`_<name>.png, by name.
     """
     points = data_lib.is_points(config)
     count = POINTS_SHOWN if points else 300
@@ -116,6 +119,10 @@ def write_report(config, workdir: Path, stem: Path, suffix: str, results, sets, 
         gaps=results.get("gaps"),
         metrics=results.get("metrics"),
         rows=_rows(results),
+        pictures=[
+            (Path(f"{stem}_{name}.png").read_bytes(), caption)
+            for name, caption in (pictures or {}).items()
+        ],
         curves=curves(stem.parent, suffix, results),
         protocol=protocol_rows(results),
         max_images=POINTS_SHOWN if points else 64,

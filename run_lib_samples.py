@@ -22,6 +22,7 @@ from models.utils import get_score_fn, unwrap
 from parametrization import on_process
 from randomness import seed_for
 from run_lib_checks import check_same_experiment, check_writable
+from run_lib_guidance import Guidance
 from run_lib_journal import log, logging_to, plain, progress_bar
 from run_lib_shards import name_of
 from run_lib_state import (
@@ -63,11 +64,6 @@ def conditions(config, labels: torch.Tensor | None) -> dict[str, torch.Tensor]:
     return {"y": labels.to(config.device)}
 
 
-def every_class(config, n: int) -> torch.Tensor | None:
-    """Labels 0, 1, … in turn for n samples of a class-conditional network."""
-    return torch.arange(n) % config.model.num_classes if config.model.num_classes else None
-
-
 def conditioned(config, sde, model, known: dict[str, torch.Tensor]):
     """The network, told what is known of the images, for samplers and likelihoods."""
     if not known:
@@ -88,9 +84,10 @@ class Sampler:
     and `by_batch` is True: batches must begin at multiples of it.
 
     Args:
-      label: of all samples of a class-conditional network; -1 = every class in turn.
+      label: of all samples of a network, or of a classifier that guides it, which knows classes;
+        -1 = every class in turn.
 
-    Raises: ValueError, now, for what cannot be sampled.
+    Raises: ValueError, FileNotFoundError, now, for what cannot be sampled.
     """
 
     def __init__(self, config, sde, model, label: int = -1):
@@ -99,7 +96,8 @@ class Sampler:
         self.eps = sampling_eps(config, self.process)
         self.inverse_scaler = data_lib.get_data_inverse_scaler(config)
         self.frames: list[tuple[float, torch.Tensor]] = []
-        classes = config.model.num_classes
+        self.guidance = Guidance(config, sde, self.process)
+        classes = self.guidance.classes
         if label >= max(classes, 0) or label < -1:
             raise ValueError(
                 f"expected a class label from 0 to {classes - 1}, or -1 for every class in turn, "
@@ -107,6 +105,7 @@ class Sampler:
                 if classes
                 else f"got class label {label}, and the network takes none"
             )
+        self.told(self.known(range(1)))
         self.why_by_batch = self._why_by_batch()
 
     @property
@@ -140,32 +139,36 @@ class Sampler:
         The batch that begins with sample 0 leaves `frames` of its first samples.
         """
         seed, n = self.config.seed, len(places)
-        known = conditions(self.config, self.labels(places))
         callback = self._keep_frames() if places.start == 0 else None
         seeds = None if self.by_batch else [seed_for(seed, "sample", i) for i in places]
         torch.manual_seed(seed_for(seed, "sample", places.start))
-        samples, evaluations = self._sampling_fn(n, seeds, callback)(self.told(known))
+        samples, evaluations = self._sampling_fn(n, seeds, callback)(self.told(self.known(places)))
         if data_lib.is_points(self.config):
             return samples.float().cpu(), int(evaluations)
         levels = data_lib.quantize(samples, self.config).cpu()
         return as_bytes(levels, self.config.data.levels), int(evaluations)
 
     def labels(self, places: range) -> torch.Tensor | None:
-        """The class labels of these samples; None for a network that takes none."""
-        if not self.config.model.num_classes:
+        """The class labels of these samples; None where nothing knows of classes."""
+        if not self.guidance.classes:
             return None
         if self.label >= 0:
             return torch.full((len(places),), self.label)
-        return torch.arange(places.start, places.stop) % self.config.model.num_classes
+        return torch.arange(places.start, places.stop) % self.guidance.classes
+
+    def known(self, places: range) -> dict[str, torch.Tensor]:
+        """What is known of these samples: y, their labels."""
+        labels = self.labels(places)
+        return {} if labels is None else {"y": labels.to(self.config.device)}
 
     def told(self, known: dict[str, torch.Tensor]):
-        """The network on the process of the sampling, told what is known of the samples."""
-        if self.process is self.sde:
-            return conditioned(self.config, self.sde, self.model, known)
+        """The network on the process of the sampling, told what is known of the samples, and guided
+        as `config.sampling` says."""
         continuous = self.config.training.continuous
         score_fn = get_score_fn(self.sde, self.model, train=False, continuous=continuous)
-        moved = on_process(score_fn, self.process, eps=self.config.training.eps)
-        return moved.with_conditions(**known) if known else moved
+        if self.process is not self.sde:
+            score_fn = on_process(score_fn, self.process, eps=self.config.training.eps)
+        return self.guidance(score_fn, known.get("y"))
 
     def _keep_frames(self):
         """A callback that keeps about FRAMES states of the first samples, evenly over the steps."""
@@ -197,6 +200,8 @@ class Sampler:
             "device": config.device.type,
             "code": code_of(self.sde, self.process, unwrap(self.model), *self._steppers()),
         }
+        if guide := self.guidance.about():
+            content["guidance"] = guide
         if self.by_batch:
             content["batch"] = [config.eval.batch_size, config.eval.num_samples]
         return content
@@ -213,7 +218,8 @@ class Sampler:
         if self.by_batch:
             rule = f"one per batch of {self.config.eval.batch_size}: {self.why_by_batch}"
         about = {"process": type(self.process).__name__, "eps": self.eps, "seeds": rule}
-        if self.config.model.num_classes:
+        about |= self.guidance.about()
+        if self.guidance.classes:
             about["labels"] = "every class in turn" if self.label < 0 else self.label
         return {**plain(self.config)["sampling"], **about}
 
@@ -263,7 +269,7 @@ def sample(
         grid; else a folder for a PNG file of each sample. By default workdir/samples/ckpt_<k>.
         Points (n, 2) go to an array or a picture, by default workdir/samples/ckpt_<k>.npz.
       checkpoint: its number; -1 is the newest.
-      label: of all samples; -1 = every class in turn.
+      label: of all samples, of networks or classifiers that know classes; -1 = every class in turn.
 
     Returns: the path that was written.
     """

@@ -61,12 +61,15 @@ _PARTS = ("train", "training", "val", "valid", "validation", "test", "eval", "im
 
 
 def data_name(config) -> str:
-    """The name of the data set; of a folder, its own, or that of the folder it is a part of."""
+    """The name of the data set; of a folder, its own, or that of the folder it is a part of; of the
+    dark pixels of an image, that of the file."""
     data = config.data
     name = data.dataset.lower()
     if name == "folder" and data.path:
         path = Path(data.path).expanduser().resolve()
         name = (path.parent if path.name.lower() in _PARTS else path).stem.lower()
+    if name == "image_density" and data.image:
+        name = Path(data.image).stem.lower()
     return f"{name}-{data.category}" if data.category else name
 
 

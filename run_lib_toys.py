@@ -44,10 +44,18 @@ class Likelihoods:
     The ODE's is exact but for its tolerance: its trace is. `eval.bpd_num_images` points are taken
     (0 = SCORED), `eval.elbo_points` times each for the bound, and `eval.rtol`, `atol`,
     `ode_method`, `likelihood_eps` are read; bits of levels do not exist for points.
+
+    Raises: ValueError for a network of one noise level.
     """
 
     def __init__(self, config, sde, model, points):
         e = config.eval
+        if config.training.sigma:
+            raise ValueError(
+                f"a network of one noise level, training.sigma={config.training.sigma}, has no "
+                "likelihood: it takes all levels from noise to data; use "
+                "--config.eval.enable_bpd=False"
+            )
         self.config, self.sde, self.model = config, sde, model
         self.points, self.density = points, get_density(config)
         self.count = min(e.bpd_num_images or SCORED, len(points))
@@ -111,7 +119,8 @@ def line(found: dict[str, Any]) -> str:
 
     def number(name: str) -> str:
         value = found[name]
-        return f"{value['mean']:.4f} ± {value['standard_error'] or float('nan'):.4f}"
+        error = value["standard_error"]  # 0 of the truth where it is uniform
+        return f"{value['mean']:.4f} ± {math.nan if error is None else error:.4f}"
 
     return (
         f"nats per point: {number('log_likelihood')} by the ODE, at least {number('elbo')} by the "

@@ -27,7 +27,7 @@ from models.utils import unwrap
 from randomness import Draws, seed_for
 from run_lib_checks import NO_SCORE
 from run_lib_journal import Journal, log
-from run_lib_samples import Sampler, conditions, every_class, image_shape
+from run_lib_samples import Sampler, conditions, image_shape
 from run_lib_state import fixed_subset
 
 
@@ -292,8 +292,6 @@ def _sampler(config, sde, model):
             )
         return None
     share = distributed.share(t.num_snapshot_samples or min(t.batch_size, 64))
-    labels = every_class(config, share.stop)
-    known = conditions(config, labels[share.start :]) if labels is not None and share else {}
     draw = Sampler(config, sde, model)
 
     def sample(stop: StopSignal) -> tuple[Any, int, str]:
@@ -310,7 +308,7 @@ def _sampler(config, sde, model):
             callback=stop.heed,
         )
         try:
-            samples, nfe = sampling_fn(draw.told(known))
+            samples, nfe = sampling_fn(draw.told(draw.known(share)))
         except FloatingPointError as error:
             return None, 0, str(error)
         except StoppedError:

@@ -27,7 +27,7 @@ def expand(v, x: torch.Tensor):
 
 def sum_except_batch(x: torch.Tensor) -> torch.Tensor:
     """Sum over all axes but the first: (B, *) -> (B,)."""
-    return x.reshape(x.shape[0], -1).sum(dim=1)
+    return x.reshape(len(x), x.shape[1:].numel()).sum(dim=1)
 
 
 def double(t: torch.Tensor) -> torch.Tensor:
@@ -330,7 +330,7 @@ class AffineSDE(SDE):
         return torch.randn(*shape) * self.prior_std
 
     def prior_logp(self, z):
-        var, dim = self.prior_std**2, z[0].numel()
+        var, dim = self.prior_std**2, z.shape[1:].numel()
         return -0.5 * (dim * math.log(2 * math.pi * var) + sum_except_batch(z**2) / var)
 
 

@@ -49,10 +49,12 @@ def density_panels(
     image = None
     for (name, v), ax in zip(values.items(), axes):
         shown = np.clip(v, top + floor, top) if log else _relative(v)
-        limits = {"vmin": top + floor, "vmax": top} if log else {"vmin": 0, "vmax": 1}
-        image = _heat(ax, shown, half_side, **limits)
+        low, high = (top + floor, top) if log else (0, 1)
+        image = _heat(ax, shown, half_side, vmin=low, vmax=high)
         ax.set_title(name, fontsize=11)
     if log:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(width + 0.8, height)
         _bar(figure, image, axes, "nats")
     return figure
 
@@ -77,19 +79,42 @@ def density_rows(
             if i < len(rows) - 1:
                 ax.set_xticks([])
         axes[i * len(columns)].set_ylabel(name, fontsize=11)
+    figure.set_size_inches(_WIDTH * len(columns) + 0.3, _WIDTH * len(rows) + 0.4)
+    return figure
+
+
+def truth_and_points(
+    log_densities: Sequence[Any],
+    points: Sequence[Any],
+    names: Sequence[str],
+    *,
+    half_side: float = HALF_SIDE,
+) -> Figure:
+    """Exact densities above, sets of points (n, 2) as dots below, in columns that have names."""
+    if not len(log_densities) == len(points) == len(names):
+        raise ValueError(
+            f"expected as many densities, sets of points and names, got {len(log_densities)}, "
+            f"{len(points)} and {len(names)}"
+        )
+    figure = density_rows({"exact": log_densities, "samples": log_densities}, names)
+    for ax, x in zip(figure.axes[len(names) :], points):
+        ax.images[0].remove()
+        ax.set(xlim=(-half_side, half_side), ylim=(-half_side, half_side))
+        _dots(ax, x)
     return figure
 
 
 def log_density_panels(
     truth: Any, model: Any, *, half_side: float = HALF_SIDE, floor: float = -12.0
 ) -> Figure:
-    """The exact log-density, the model's, on one scale, and by how much the model's is larger where
-    the exact one is less than -`floor` nats below its largest value.
+    """The exact log-density, the model's, on one scale from `floor` nats below the largest, and by
+    how much the model's is larger, on the upper half of that scale.
 
     Shapes: as `density_panels`.
     """
     p, q = _square(truth), _square(model)
     figure, axes = _panels(3, half_side, ncols=3)
+    figure.set_size_inches(3 * _WIDTH + 2.0, _WIDTH + 0.45)
     top = float(np.nanmax(p))
     image = None
     for ax, values, name in zip(axes, (p, q), ("log p of the truth", "log p of the model")):
@@ -98,9 +123,10 @@ def log_density_panels(
         ax.set_title(name, fontsize=11)
     _bar(figure, image, axes[:2], "nats")
     with np.errstate(invalid="ignore"):
-        gap = np.where(p > top + floor, q - p, np.nan)
-    axes[2].set_facecolor("#eeeeee")
-    image = _heat(axes[2], np.clip(gap, -2, 2), half_side, _SIGNED, vmin=-2, vmax=2)
+        gap = np.where(p > top + floor / 2, q - p, np.nan)
+    axes[2].set_facecolor("#b0b0b0")
+    shown = np.clip(gap, -2, 2)
+    image = _heat(axes[2], shown, half_side, _SIGNED, interpolation="nearest", vmin=-2, vmax=2)
     axes[2].set_title("model − truth", fontsize=11)
     _bar(figure, image, axes[2:], "nats")
     return figure
@@ -155,12 +181,8 @@ def points_panels(
     """Sets of points (n, 2) as dots, a panel each, on the density, drawn pale, where given."""
     figure, axes = _panels(len(points), half_side, ncols=5)
     for (name, x), ax in zip(points.items(), axes):
-        x = _array(x)
-        if x.ndim != 2 or x.shape[1] != 2:
-            raise ValueError(f"{name}: expected points of shape (n, 2), got {x.shape}")
         _background(ax, log_density, half_side)
-        size = min(4.0, 2000 / max(len(x), 1))
-        ax.scatter(x[:, 0], x[:, 1], s=size, color=_DOT, alpha=0.5, linewidths=0)
+        _dots(ax, x)
         ax.set_title(name, fontsize=11)
     return figure
 
@@ -247,11 +269,10 @@ def _relative(log_density: np.ndarray) -> np.ndarray:
     return np.exp(log_density - np.nanmax(log_density))
 
 
-def _heat(ax: Axes, values: np.ndarray, half_side: float, cmap: str = _MAP, **limits: float):
+def _heat(ax: Axes, values: np.ndarray, half_side: float, cmap: str = _MAP, **options: Any):
     extent = (-half_side, half_side, -half_side, half_side)
-    return ax.imshow(
-        values, origin="lower", extent=extent, cmap=cmap, interpolation="bilinear", **limits
-    )
+    options = {"interpolation": "bilinear", **options}
+    return ax.imshow(values, origin="lower", extent=extent, cmap=cmap, **options)
 
 
 def _background(ax: Axes, log_density: Any, half_side: float) -> None:
@@ -259,8 +280,17 @@ def _background(ax: Axes, log_density: Any, half_side: float) -> None:
         _heat(ax, _relative(_square(log_density)), half_side, _PALE, vmin=0, vmax=2.5)
 
 
+def _dots(ax: Axes, points: Any) -> None:
+    x = _array(points)
+    if x.ndim != 2 or x.shape[1] != 2:
+        raise ValueError(f"expected points of shape (n, 2), got {x.shape}")
+    ax.scatter(
+        x[:, 0], x[:, 1], s=min(4.0, 6000 / max(len(x), 1)), color=_DOT, alpha=0.5, linewidths=0
+    )
+
+
 def _bar(figure: Figure, image, axes: Sequence[Axes], label: str) -> None:
-    bar = figure.colorbar(image, ax=list(axes), shrink=0.8, pad=0.02)
+    bar = figure.colorbar(image, ax=list(axes), pad=0.02)
     bar.set_label(label, fontsize=10)
     bar.ax.tick_params(labelsize=9)
 
@@ -280,16 +310,16 @@ def _lines(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 def _over(ax: Axes, x: np.ndarray, places: Sequence[float], p: Any, half_side: float) -> None:
     """One coordinate (steps, n) at `places` (steps,), on its densities (steps, size)."""
-    p, places = _array(p), np.asarray(places, dtype=float)
-    if p.ndim != 2 or len(p) != len(places) or len(x) != len(places):
+    p, t = _array(p), np.asarray(places, dtype=float)
+    if p.ndim != 2 or len(p) != len(t) or len(x) != len(t):
         raise ValueError(
-            f"expected a place and a density for each of {len(x)} states, got {len(places)} and "
+            f"expected a place and a density for each of {len(x)} states, got {len(t)} and "
             f"shape {p.shape}"
         )
     ax.set(xscale="log", aspect="auto")
-    ax.set(xlim=(places[0], places[-1]))
+    ax.set(xlim=(t[0], t[-1]))
     edges = np.linspace(-half_side, half_side, p.shape[1])
     shown = (p / p.max(axis=1, keepdims=True)).T
-    ax.pcolormesh(places, edges, shown, cmap=_PALE, shading="gouraud", vmin=0, vmax=2.5)
+    ax.pcolormesh(t, edges, shown, cmap=_PALE, shading="gouraud", vmin=0, vmax=2.5)
     ax.minorticks_off()
-    _lines(ax, np.repeat(places[:, None], x.shape[1], axis=1), x)
+    _lines(ax, np.repeat(t[:, None], x.shape[1], axis=1), x)

@@ -308,6 +308,8 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[Row]:
     ]
 
 
+_FROM_NOISE = "From noise to samples, as the sampler takes the diffusion time t down."
+_OUTSIDE = "Values outside [0, 1] are shown as black or white."
 _BITS = (
     "Mean of -log2 p(x) per dimension over the images of the set in the protocol; lower is better. "
     "A uniform guess over the grey levels scores log2(levels)."
@@ -375,6 +377,7 @@ def write_report(
     gaps: Mapping[str, Any] | None = None,
     metrics: Mapping[str, Any] | None = None,
     rows: Sequence[Row] = (),
+    pictures: Sequence[tuple[Picture, str]] = (),
     curves: Mapping[str, tuple[Any, Any, Any]] | None = None,
     protocol: Sequence[tuple[str, str]] = (),
     max_images: int = 64,
@@ -383,7 +386,8 @@ def write_report(
 ) -> None:
     """Write the report of one run; what is None is left out.
 
-    - samples, real: images (n, C, H, W) in [0, 1]; the first `max_images` of each are shown.
+    - samples, real: images (n, C, H, W) in [0, 1], or points (n, 2); the first `max_images` of each
+      are shown.
     - train_neighbors: (images, distances) of the training image nearest to each of `samples`;
       the `max_pairs` closest pairs are shown.
     - loss_history: the arguments of loss_curve by name. bpd: bits per dimension (n,), or (bits,
@@ -393,6 +397,7 @@ def write_report(
     - frames: pairs (t, images) of the sampling of a few samples, thinned to `max_frames`.
     - metrics: the dict of evaluation.low_dimensional_metrics, or any names and numbers.
     - rows: further rows of the table of numbers, as in Report.numbers; they come first.
+    - pictures: figures with their captions, each on a row of its own.
     - curves: scores over checkpoints by name, each steps, values and standard errors.
     - protocol: (what, how) of these numbers.
     - config_text: shown folded.
@@ -407,20 +412,22 @@ def write_report(
     report.numbers(table, "Results")
     for note in (metrics or {}).get("notes", ()):
         report.text(note, "Results")
-    for images, what in ((samples, "samples of the model"), (real, "real images")):
+    points = samples is not None and samples.ndim == 2
+    truth = "true points, held out" if points else "real images"
+    for images, what in ((samples, "samples of the model"), (real, truth)):
         if images is not None:
             shown = images[:max_images]
-            report.figure(
-                image_grid(shown, padding=6), f"{len(shown)} {what}, not selected.", "Samples"
-            )
+            caption = f"{len(shown):,} {what}, not selected."
+            report.figure(image_grid(shown, padding=6), caption, "Samples")
     if frames:
         picked = np.unique(np.linspace(0, len(frames) - 1, max_frames).round().astype(int))
         report.figure(
             animation([frames[i] for i in picked], format="webp", padding=6),
-            "From noise to images, as the sampler takes the diffusion time t down. "
-            "Values outside [0, 1] are shown as black or white.",
+            _FROM_NOISE if frames[0][1].ndim == 2 else f"{_FROM_NOISE} {_OUTSIDE}",
             "Sampling",
         )
+    for picture, caption in pictures:
+        report.figure(picture, caption, "In the plane", wide=True)
     heading = " and ".join(
         name for name, part in (("training", loss_history), ("likelihood", scored)) if part
     ).capitalize()

@@ -146,7 +146,7 @@ class Digits:
         self.inverse_scaler = data_lib.get_data_inverse_scaler(self.config)
         self.count, self.seeds = samples, seeds
         sets = data_lib.get_image_sets(self.config)
-        images = [s.images for s in sets if s.images is not None]
+        images = [s.take(range(len(s))) for s in sets]
         self.real = torch.cat(images).double().reshape(-1, 64) / (self.config.data.levels - 1)
 
     @property

@@ -152,7 +152,8 @@ def _sampling() -> dict:
         # by what takes them (on the command line, --config.sampling.solver="{'order': 3}")
         "solver": {},
         # guidance of the samples: 'classifier_free' (away from the unconditional score of the same
-        # network), 'autoguidance' (away from a worse network), 'classifier', or '' = none
+        # network), 'autoguidance' (away from a worse network), 'classifier' (towards classes, of
+        # networks trained without them too), or '' = none
         "guidance": "",
         # its weight w: 0 is none
         "guidance_weight": 1.0,
@@ -215,6 +216,10 @@ def _eval() -> dict:
         "gap_images": 64,
         # seconds to wait for the next checkpoint of the range; 0 = take those that are there
         "wait_s": 0,
+        # keep every frame of the sampling's animation as a PNG file, in ckpt_<k>_frames/
+        "keep_frames": False,
+        # of points: draw the score, the marginals, the ways from noise and the log-density
+        "figures": True,
         # draw each sample from a seed of its own, the same for any batch size and number of
         # processes. False: a seed per batch, for predictors that draw their own noise
         "seed_per_sample": True,

@@ -8,6 +8,10 @@ zero, so that training starts at uniform noise exactly; and their inverse has a 
 
 from __future__ import annotations
 
+import math
+
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,7 +21,7 @@ from .utils import register_model
 #: Smallest width and height of a bin, and smallest slope at a knot.
 _LEAST = 1e-3
 #: A slope of 1 at the knots: softplus(_UNIT_SLOPE) + _LEAST = 1.
-_UNIT_SLOPE = torch.log(torch.expm1(torch.tensor(1 - _LEAST, dtype=torch.float64))).item()
+_UNIT_SLOPE = math.log(math.expm1(1 - _LEAST))
 
 
 def spline(u: torch.Tensor, raw: torch.Tensor, inverse: bool = False):

@@ -11,8 +11,12 @@ from PIL import Image
 from toys_processes import ROOT, tiny
 
 import run_lib
+import sde_lib
 from run_lib_control import control
 from run_lib_control_inverse import quality
+from run_lib_control_job import Job
+from run_lib_images import read_images
+from run_lib_state import complete_here, create_state
 
 QUICK = {
     "sampling__steps": 4,
@@ -207,3 +211,216 @@ def test_the_command_line_does_it_and_says_what_it_did(run, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "constraint error" in done.stderr + done.stdout
     assert (tmp_path / "o" / "comparison.png").exists()
+
+
+# --- what users hand over ---------------------------------------------------------------------
+
+
+def test_pictures_of_every_kind_are_read_or_refused_with_the_reason(run, tmp_path):
+    grey = np.random.default_rng(0).integers(0, 256, (8, 8)).astype(np.uint8)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(grey).save(folder / "a.png")
+    Image.fromarray(np.stack([grey] * 3, -1)).save(folder / "b.png")
+    Image.fromarray(grey).convert("P").save(folder / "c.png")
+    Image.fromarray(grey.astype(np.int32) * 257).convert("I;16").save(folder / "d.png")
+    Image.fromarray(grey).convert("LA").save(folder / "e.png")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "f.png").mkdir()
+    config = tiny(**{**QUICK, "control__num_images": 9}, control__image=str(folder))
+    names, levels = read_images(config)
+    assert names == list("abcde")
+    assert all(torch.equal(levels[0], image) for image in levels)
+    clear = Image.fromarray(grey).convert("RGBA")
+    clear.putpixel((0, 0), (0, 0, 0, 0))
+    clear.save(folder / "z.png")
+    with pytest.raises(ValueError, match="without transparent pixels"):
+        read_images(config)
+
+
+def test_files_of_one_name_and_two_kinds_keep_their_samples_apart(run, tmp_path):
+    (tmp_path / "in").mkdir()
+    picture(tmp_path / "in" / "a.png")
+    picture(tmp_path / "in" / "a.bmp")
+    folder = control(tiny(**QUICK, control__image=str(tmp_path / "in")), run, tmp_path / "o")
+    assert len(pixels(folder)) == 6
+
+
+def test_a_smaller_run_leaves_no_samples_of_a_larger_one(run, tmp_path):
+    (tmp_path / "mine_00.png").write_bytes(b"mine")
+    control(tiny(**QUICK), run, tmp_path)
+    control(tiny(**{**QUICK, "control__num_samples": 1}), run, tmp_path)
+    assert len(list(tmp_path.glob("held_out_*.png"))) == 2
+    assert (tmp_path / "mine_00.png").read_bytes() == b"mine"
+
+
+def test_a_mask_is_black_and_white_and_of_the_images_size(run, tmp_path):
+    def masked(name, **options):
+        return control(
+            tiny(**QUICK, control__mask=str(tmp_path / name), **options), run, tmp_path / "o"
+        )
+
+    half = np.zeros((8, 8), np.uint8)
+    half[:4] = 255
+    Image.fromarray(half).convert("1").save(tmp_path / "bits.png")
+    Image.fromarray(np.stack([half] * 3, -1)).save(tmp_path / "colour.png")
+    assert len(pixels(masked("bits.png"))) == len(pixels(masked("colour.png"))) == 6
+    Image.fromarray(np.linspace(0, 255, 64).reshape(8, 8).astype(np.uint8)).save(
+        tmp_path / "ramp.png"
+    )
+    with pytest.raises(ValueError, match=r"expected black and white, got .* grey pixels"):
+        masked("ramp.png")
+    Image.fromarray(half.repeat(2, 0).repeat(2, 1)).save(tmp_path / "large.png")
+    with pytest.raises(ValueError, match="16 x 16"):
+        masked("large.png")
+    assert len(pixels(masked("large.png", control__fit=True))) == 6
+    hole = Image.fromarray(np.stack([half] * 4, -1), "RGBA")
+    hole.save(tmp_path / "hole.png")
+    with pytest.raises(ValueError, match="transparent"):
+        masked("hole.png")
+
+
+# --- methods ----------------------------------------------------------------------------------
+
+
+def test_noise_is_respected_by_every_default_and_refused_by_the_papers_sampler(run, tmp_path):
+    assert results(control(tiny(**QUICK, control__noise=0.1), run, tmp_path))["method"] == "mmps"
+    config = tiny(**QUICK, control__noise=0.1, control__method="pc")
+    with pytest.raises(ValueError, match="for measurements without noise"):
+        control(config, run, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["ddnm", "ddrm", "dps", "mmps", "pc", "pigdm", "projection", "repaint", "replacement",
+     "sdedit", "smc", "tmpd"],
+)  # fmt: skip
+def test_every_method_fills_in_shows_its_way_and_is_the_same_at_any_batch_size(
+    run, tmp_path, method
+):
+    noise = 0.05 if method == "smc" else 0.0
+    options = {"jump": 2, "resamplings": 2} if method == "repaint" else {}
+    options = {"particles": 2} if method == "smc" else options
+    settings = {"control__method": method, "control__noise": noise, "control__options": options}
+    found = []
+    for size in (1, 6):
+        config = tiny(**{**QUICK, "eval__batch_size": size}, **settings)
+        folder = control(config, run, tmp_path / str(size))
+        found.append(pixels(folder))
+        with Image.open(folder / "sampling.webp") as image:
+            assert getattr(image, "n_frames", 1) > 1
+    assert results(folder)["evaluations"] >= 4
+    assert max(np.abs(found[0][name] - found[1][name]).max() for name in found[0]) <= 1
+
+
+def test_posterior_methods_are_told_of_the_data_in_the_networks_units(run, monkeypatch):
+    import run_lib_control_inverse as inverse
+
+    told = []
+
+    def spy(*args, data_std=1.0, **options):
+        told.append(data_std)
+        return lambda model: None
+
+    monkeypatch.setattr(inverse, "get_inverse_solver", lambda name: spy)
+    config = complete_here(tiny(**QUICK, control__method="pigdm"))
+    sde, state = sde_lib.get_sde(config), create_state(config)
+    inverse.invert(Job(config, sde, state["model"]))
+    config.control.options.data_std = 0.3
+    inverse.invert(Job(config, sde, state["model"]))
+    assert told == [0.5, 0.3]
+
+
+def test_the_paper_colours_by_the_mean_and_other_greys_go_by_another_method(tmp_path):
+    settings = {"data__num_channels": 3, "control__task": "colorize", "control__num_images": 2}
+    config = tiny(**{**QUICK, **settings})
+    config.data.dataset = "folder"
+    (tmp_path / "data").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3)).astype(np.uint8)).save(
+            tmp_path / "data" / f"{i}.png"
+        )
+    config.data.path, config.training.batch_size = str(tmp_path / "data"), 4
+    config.data.levels = 256
+    run_lib.train(config, tmp_path / "run")
+    found = results(control(config, tmp_path / "run", tmp_path / "o"))
+    assert found["method"] == "pc" and found["constraint_error"] < 1e-6
+    config.control.operator.weights = (0.299, 0.587, 0.114)
+    found = results(control(config, tmp_path / "run", tmp_path / "o"))
+    assert found["method"] == "ddnm" and found["constraint_error"] < 1e-5
+    config.control.method = "pc"
+    with pytest.raises(ValueError, match="for the mean of the channels"):
+        control(config, tmp_path / "run", tmp_path / "o")
+
+
+def test_a_conditional_network_fills_in_a_class_and_must_be_told_one(tmp_path):
+    settings = {"model__num_classes": 10}
+    run_lib.train(tiny(**settings), tmp_path / "run")
+    for task in ("inpaint", "edit", "interpolate"):
+        config = tiny(**QUICK, **settings, control__task=task)
+        with pytest.raises(ValueError, match=r"set --config\.control\.label"):
+            control(config, tmp_path / "run", tmp_path / task)
+        config.control.label = 3
+        assert pixels(control(config, tmp_path / "run", tmp_path / task))
+    options = {"control__method": "smc", "control__noise": 0.1, "control__label": 3}
+    config = tiny(**QUICK, **settings, **options, control__options={"particles": 2})
+    assert pixels(control(config, tmp_path / "run", tmp_path / "smc"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"sampling__sde": "edm", "sampling__predictor": "ddim"},
+        {"sampling__method": "ode", "control__method": "ddnm"},
+        {"control__num_images": 1, "control__num_samples": 1},
+    ],
+)
+def test_other_processes_and_single_samples_work(run, tmp_path, settings):
+    config = tiny(**{**QUICK, **settings})
+    assert pixels(control(config, run, tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("task", "options", "method"),
+    [
+        ("inpaint", {}, "pc"),
+        ("superres", {"factor": 2}, "ddnm"),
+        ("superres_bicubic", {"factor": 2}, "ddnm"),
+        ("deblur", {}, "mmps"),
+        ("deblur_motion", {"size": 5}, "mmps"),
+    ],
+)
+def test_a_measurement_from_a_file_has_been_rounded(run, tmp_path, task, options, method):
+    size = 4 if "superres" in task else 8
+    path = picture(tmp_path / "y.png", size=size)
+    settings = {"control__measured": True, "control__operator": options, "control__image": path}
+    found = results(control(tiny(**QUICK, control__task=task, **settings), run, tmp_path / "o"))
+    assert found["method"] == method
+    rounding = 1 / (16 * 12**0.5)
+    assert found["noise"] == (pytest.approx(rounding) if method == "mmps" else 0.0)
+
+
+def test_a_killed_run_leaves_what_was_there(run, tmp_path, monkeypatch):
+    control(tiny(**QUICK), run, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.[pjw]*")}
+    import run_lib_control
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_lib_control, "write_outcome", killed)
+    with pytest.raises(KeyboardInterrupt):
+        control(tiny(**QUICK, control__mask="left"), run, tmp_path)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.glob("*.[pjw]*")}
+
+
+def test_a_network_of_the_exploding_process_fills_in(tmp_path):
+    settings = {"training__sde": "vesde", "model__sigma_max": 10.0, "data__centered": False}
+    settings |= {"training__continuous": False, "sampling__predictor": "reverse_diffusion"}
+    settings |= {"sampling__corrector": "Langevin"}
+    run_lib.train(tiny(**settings), tmp_path / "run")
+    for method in ("pc", "ddnm", "mmps"):
+        quick = {**QUICK, "eval__batch_size": 6, "control__method": method}
+        folder = control(tiny(**quick, **settings), tmp_path / "run", tmp_path / method)
+        assert len(pixels(folder)) == 6

@@ -9,16 +9,14 @@ import torch
 import data_lib
 from configs import defaults
 from configs.validation import complete
+from likelihood_bits import bits_per_dim, log_volume, log_volume_at, refuse_discrete
 from likelihood_dequantization import (
     UniformDequantizer,
     VariationalDequantizer,
     add_noise,
     bits_loss,
     levels_of,
-    log_volume,
-    log_volume_at,
     log_weights,
-    refuse_discrete,
 )
 from models import utils
 from models.dequantizer import Dequantizer, spline
@@ -225,6 +223,13 @@ def test_the_volume_of_an_affine_scaler_is_the_same_everywhere_and_that_of_a_log
     assert torch.allclose(again, closed)
 
 
+def test_the_volume_of_a_scaler_that_bends_is_refused_where_x_is_not_known():
+    assert log_volume(32, lambda x: x.clamp(0, 1), 17) == pytest.approx(-32 * math.log(17))
+    for fn in (log_volume, lambda *args: bits_per_dim(torch.zeros(2), *args)):
+        with pytest.raises(ValueError, match="log_volume_at"):
+            fn(32, LOGIT["inverse_scaler"], 17)
+
+
 class GaussianPixel:
     """One pixel whose x is N(mean, std²): its probabilities, and the exact posterior of u."""
 
@@ -398,3 +403,27 @@ def test_integers_are_refused():
     for dtype in (torch.uint8, torch.int64):
         with pytest.raises(ValueError, match=str(dtype)):
             refuse_discrete(torch.zeros(2, 1, 4, 4, dtype=dtype), CENTERED["inverse_scaler"], 256)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.zeros(3, 1, 8, 8),
+        torch.cartesian_prod(torch.linspace(-1, 1, 256), torch.linspace(-1, 1, 256)),
+        torch.linspace(-1, 1, 511).unsqueeze(1),
+        torch.zeros(0, 1, 8, 8),
+    ],
+    ids=["one colour", "a plane", "a line", "nothing"],
+)
+def test_points_and_images_of_one_colour_are_no_discrete_images(x):
+    for levels in (2, 256, 65536):
+        refuse_discrete(x, CENTERED["inverse_scaler"], levels)
+
+
+def test_what_the_dtype_cannot_tell_is_not_refused():
+    images = images_of(256, 4, 3, 8, 8)
+    smooth = CENTERED["scaler"](add_noise(images, torch.rand(images.shape), 256))
+    for dtype in (torch.bfloat16, torch.float16):
+        refuse_discrete(smooth.to(dtype), CENTERED["inverse_scaler"], 256)
+    points = torch.rand(10_000, 8, generator=torch.Generator().manual_seed(0))
+    refuse_discrete(points, lambda x: x, 65536)

@@ -10,7 +10,7 @@ import data_lib
 import losses
 import sde_lib
 from configs.validation import complete
-from likelihood_dequantization import log_volume_at, refuse_discrete
+from likelihood_bits import log_volume_at, refuse_discrete
 from models import utils
 from parametrization import declared_parametrization
 

@@ -208,6 +208,29 @@ def test_discrete_data_are_refused():
         fn(lambda x, y: x, torch.zeros(2, 3, dtype=torch.uint8))
 
 
+@pytest.mark.parametrize("levels", [2, 256])
+def test_images_without_noise_are_refused_before_the_network_is_asked(levels):
+    asked = []
+    fn = likelihood.get_likelihood_fn(sde_lib.VPSDE(), centred, levels=levels)
+    images = torch.randint(0, levels, (4, 3, 4, 4)) / (levels - 1)
+    with pytest.raises(ValueError, match=f"4 of 4 images of {levels} discrete values"):
+        fn(lambda x, y: asked.append(1), 2 * images - 1)
+    assert not asked
+
+
+def test_bits_of_logits_have_the_volume_of_their_own_place():
+    """log p of u in [0, 1] is that of x = logit(a + (1 − 2a) u), and log |dx/du|."""
+    sde, a = sde_lib.VPSDE(), 0.05
+    u = torch.rand(5, 1, 4, 4, dtype=torch.float64)
+    s = a + (1 - 2 * a) * u
+    fn = likelihood.get_likelihood_fn(sde, lambda x: (torch.sigmoid(x) - a) / (1 - 2 * a), levels=8)
+    bits, z, _ = fn(LinearNet(sde), torch.logit(s))
+    logp = likelihood.get_log_likelihood_fn(sde)(LinearNet(sde), torch.logit(s))[0]
+    density = logp + (math.log(1 - 2 * a) - torch.log(s * (1 - s))).flatten(1).sum(1)
+    torch.testing.assert_close(bits, -density / (16 * LN2) + 3)
+    assert z.shape == u.shape
+
+
 def test_discretely_trained_networks_are_scored_by_their_integer_labels():
     seen = []
 
@@ -435,6 +458,8 @@ def test_an_empty_batch_has_no_likelihoods():
     found = likelihood.get_ode_likelihood_fn(sde)(Coupled(3), torch.zeros(0, 3))
     assert found.logp.shape == found.error.shape == found.nfe.shape == (0,)
     assert found.code.shape == (0, 3)
+    bits, code, nfe = likelihood.get_likelihood_fn(sde, centred)(Coupled(3), torch.zeros(0, 3))
+    assert bits.shape == (0,) and code.shape == (0, 3) and nfe == 0
 
 
 def test_wrapped_and_compiled_networks_give_the_bare_ones_value():

@@ -229,9 +229,11 @@ def test_repeats_probes_and_images_have_errors_of_their_own(gaussian):
 # --- what adds up -------------------------------------------------------------------------------
 
 
-def test_bits_are_the_sum_of_their_terms_and_gaps_of_theirs(gaussian):
+@pytest.mark.parametrize("alpha", [0.0, 0.05], ids=["centered", "logit"])
+def test_bits_are_the_sum_of_their_terms_and_gaps_of_theirs(gaussian, alpha):
     workdir, _ = gaussian
-    config = gaussian_config(eval__likelihood="ode+elbo+iw", eval__gap_report=True)
+    scaled = {"data__centered": not alpha, "data__logit_alpha": alpha}
+    config = gaussian_config(eval__likelihood="ode+elbo+iw", eval__gap_report=True, **scaled)
     result = run_lib.evaluate(config, workdir)[1]
     for part, names in (
         ("bpd", {"prior", "trace", "levels"}),
