@@ -85,8 +85,8 @@ def check_data(data: torch.Tensor) -> None:
         )
     if torch.finfo(data.dtype).bits < 32:
         raise ValueError(
-            f"likelihood needs data of float32 or float64, got {data.dtype}, which rounds the noise "
-            "of dequantisation away; use data.float(), and autocast for the network"
+            f"likelihood needs data of float32 or float64, got {data.dtype}, which rounds the "
+            "noise of dequantisation away; use data.float(), and autocast for the network"
         )
 
 

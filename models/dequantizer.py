@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import math
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn

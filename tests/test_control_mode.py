@@ -388,7 +388,7 @@ def test_other_processes_and_single_samples_work(run, tmp_path, settings):
         ("superres", {"factor": 2}, "ddnm"),
         ("superres_bicubic", {"factor": 2}, "ddnm"),
         ("deblur", {}, "mmps"),
-        ("deblur_motion", {"size": 5}, "mmps"),
+        ("deblur_motion", {"length": 5}, "mmps"),
     ],
 )
 def test_a_measurement_from_a_file_has_been_rounded(run, tmp_path, task, options, method):

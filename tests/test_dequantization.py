@@ -420,10 +420,11 @@ def test_points_and_images_of_one_colour_are_no_discrete_images(x):
         refuse_discrete(x, CENTERED["inverse_scaler"], levels)
 
 
-def test_what_the_dtype_cannot_tell_is_not_refused():
+def test_noise_that_rounding_took_away_is_refused_and_levels_too_fine_to_tell_are_not():
     images = images_of(256, 4, 3, 8, 8)
     smooth = CENTERED["scaler"](add_noise(images, torch.rand(images.shape), 256))
     for dtype in (torch.bfloat16, torch.float16):
-        refuse_discrete(smooth.to(dtype), CENTERED["inverse_scaler"], 256)
+        with pytest.raises(ValueError, match="float32 or float64"):
+            refuse_discrete(smooth.to(dtype), CENTERED["inverse_scaler"], 256)
     points = torch.rand(10_000, 8, generator=torch.Generator().manual_seed(0))
     refuse_discrete(points, lambda x: x, 65536)

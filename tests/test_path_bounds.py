@@ -157,6 +157,37 @@ def test_an_exact_posterior_is_tight_at_once(lam):
         )
 
 
+BOUNDS = {
+    "elbo": (get_elbo_fn, {}),
+    "implicit": (get_elbo_fn, {"form": "implicit"}),
+    "family": (get_family_bound_fn, {"lam": 0.5, "steps": 4}),
+    "paths": (get_path_bound_fn, {"paths": 2, "steps": 4}),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_what_is_not_a_number_is_an_error_that_names_the_image(name):
+    make, options = BOUNDS[name]
+    sde, x = sde_lib.VPSDE(), torch.randn(4, 1, 2, 2)
+    x[2] = float("nan")
+    for data, image in ((x, "image 2 of 1 such"), (x[:2], "image 0 of 2 such")):
+        factor = float("nan") if data is not x else 1.0
+
+        def score(y, t, factor=factor):
+            return -y * factor
+
+        with pytest.raises(FloatingPointError, match=f"{image} is not a number.*'path': nan"):
+            make(sde, **options)(as_score_function(score, sde), data)
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_empty_batch_has_no_bounds(name):
+    make, options = BOUNDS[name]
+    sde = sde_lib.VPSDE()
+    found = make(sde, **options)(as_score_function(lambda y, t: -y, sde), torch.zeros(0, 1, 2, 2))
+    assert found.logp.shape == found.error.shape == found.nfe.shape == (0,)
+
+
 @pytest.mark.parametrize("kind", ["paths", "family"])
 def test_numbers_of_an_image_depend_on_neither_batch_nor_its_mates(kind):
     bed, n = Bed(every_sde()["vp"]), 4
