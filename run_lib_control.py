@@ -45,9 +45,9 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
     check_same_experiment(config, workdir, training=False)
     sde, state = sde_lib.get_sde(config), create_state(config)
     job = Job(config, sde, state["model"])
-    run = task(job)  # reads the images: what is wrong with them is said now
-    weights = load_averages(config, workdir, number, state)
     with logging_to(folder / "log.txt"):
+        run = task(job)  # reads the images: what is wrong with them is said now
+        weights = load_averages(config, workdir, number, state)
         log.info("%s by checkpoint %d, step %d", config.control.task, number, state["step"])
         outcome = run()
         outcome.frames = outcome.frames or job.frames

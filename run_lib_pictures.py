@@ -30,7 +30,7 @@ CELLS, BINS, ARROWS = 100, 60, 15
 #: Points whose ways are drawn, steps of a way, and λ_H of the members of the plug-in family shown.
 PATHS, STEPS, FAMILY = 5, 100, (0.0, 0.5, 0.9, 1.0)
 #: Points of the model's marginals, steps of its ODE towards them, and the seed of what is random.
-SAMPLES, ODE_STEPS, SEED = 10_000, 30, 1
+SAMPLES, ODE_STEPS, SEED = 10_000, 30, 0
 #: Noise levels σ/α of fields, and of marginals beside the last one.
 LEVELS, MARGINALS = (0.1, 0.5), (3.0, 1.0, 0.3, 0.1)
 #: Points, and the moments, as shares of log steps, at which a Langevin sampler is shown.
