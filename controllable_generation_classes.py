@@ -104,7 +104,7 @@ def guided_from_config(
         return autoguidance(told, weak.with_conditions(**known), **how)
     if labels is None:
         raise ValueError(
-            "sampling.guidance='classifier' needs the classes of the samples, got labels=None; give "
+            "sampling.guidance='classifier' needs the classes of the samples, got none; give "
             "one class for each sample"
         )
     return classifier_score(told, other, labels, **how)

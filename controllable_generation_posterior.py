@@ -160,7 +160,9 @@ class TMPD:
         r = view.residual
         rows = view.spread(torch.ones_like(r))
         least = self.floor * rows.abs().reshape(len(r), -1).mean(1)
-        w = r / (torch.maximum(rows, expand(least, r)) + view.s2)
+        variance = torch.maximum(rows, expand(least, r)) + view.s2
+        # All rows round to 0 where α does, at the start of rectified flow.
+        w = torch.where(variance > 0, r / torch.where(variance > 0, variance, 1.0), 0.0)
         return w, -0.5 * sum_except_batch(r * w)
 
 
@@ -215,9 +217,11 @@ class Guide:
 class PosteriorScore(_Wrapper):
     """The score of x_t given y; made by `posterior_score`. `vjps` counts its backward passes."""
 
-    def __init__(self, score_fn, operator, y, noise: float, rule: Any, data_std: float):
+    def __init__(
+        self, score_fn, operator, y, noise: float, rule: Any, data_std: float, until: float = 0.0
+    ):
         super().__init__(score_fn)
-        self.data_std = data_std
+        self.data_std, self.until = data_std, until
         self.operator, self.y, self.sigma_y, self.rule = operator, y, float(noise), rule
         self.vjps = 0
 
@@ -257,6 +261,9 @@ class PosteriorScore(_Wrapper):
                 shift = expand(view.gain, x) * view.pull(w)
                 if self.rule.bounded:
                     shift = expand(_share(view, shift), x) * shift
+                if self.until:
+                    heard = torch.as_tensor(t, device=x.device) > 1.0001 * self.until
+                    shift = expand(heard.to(shift.dtype), x) * shift
         self.vjps += view.vjps
         guide = Guide(view.D, shift, log_likelihood, view.residual)
         return guide, output.detach(), kind, self._point(x, t)
@@ -308,6 +315,7 @@ def posterior_score(
     method: str = "mmps",
     *,
     data_std: float = 1.0,
+    until: float = 0.0,
     **options,
 ) -> PosteriorScore:
     """The score of x_t given y = A x_0 + σ_y z, for every sampler; `.denoise` is E[x_0 | x_t, y].
@@ -327,6 +335,7 @@ def posterior_score(
       method: 'dps', 'pigdm', 'tmpd' or 'mmps'.
       data_std: c, the data's standard deviation as the network sees them: r_t of pigdm goes by it,
         and no method but dps moves D by more than 5 c, root mean square.
+      until: the time up to which y is heard, going down; from there on the score is `score_fn`'s.
       options: of the method: `zeta` and `steps` (dps), `floor` (tmpd), `iterations` and `tol`
         (mmps).
 
@@ -342,7 +351,8 @@ def posterior_score(
         raise ValueError(f"expected the standard deviation of the noise, ≥ 0, got {noise}")
     _positive("data_std", data_std)
     rule = get_rule(method, options)
-    return PosteriorScore(as_score_function(score_fn, sde), operator, y, noise, rule, data_std)
+    inner = as_score_function(score_fn, sde)
+    return PosteriorScore(inner, operator, y, noise, rule, data_std, until)
 
 
 # --- the same by name -------------------------------------------------------------------------
@@ -360,11 +370,15 @@ def _solver(method: str) -> Callable:
             own["steps"] = options.get("steps") or 0
         get_rule(method, own)
         _positive("data_std", data_std)
+        given = {"data_std": data_std, **own}
+        if "steps" in names:
+            # The last call takes all noise away, and with it N σ²/(T g²) ζ of r/‖r‖ in one step:
+            # with VE that is N/13 ζ, and ruins the image.
+            eps = options.get("eps")
+            given["until"] = sde.sampling_eps if eps is None else eps
 
         def wrap(score_fn):
-            return posterior_score(
-                score_fn, sde, operator, y, noise, method, data_std=data_std, **own
-            )
+            return posterior_score(score_fn, sde, operator, y, noise, method, **given)
 
         return get_wrapped_sampler(wrap, sde, shape, **options)
 

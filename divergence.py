@@ -28,9 +28,9 @@ def rademacher(x: torch.Tensor, draws=None) -> torch.Tensor:
     return (draws.rand("probe", x.shape[1:]) < 0.5).to(x) * 2 - 1
 
 
-def gaussian(x: torch.Tensor, draws=None) -> torch.Tensor:
+def gaussian(x: torch.Tensor, draws=None, stream: str = "probe") -> torch.Tensor:
     """A probe of standard normal numbers, of x's shape and dtype."""
-    return torch.randn_like(x) if draws is None else draws.randn("probe", x.shape[1:]).to(x)
+    return torch.randn_like(x) if draws is None else draws.randn(stream, x.shape[1:]).to(x)
 
 
 #: Probe distributions by name; each has mean 0 and covariance I. Called as probe(x, draws), with
@@ -238,10 +238,11 @@ class _Hutchinson(Trace):
 
 
 class _HutchPP(Trace):
-    """tr QᵀAQ + (3/m) Σ_j g_jᵀ (I − QQᵀ) A (I − QQᵀ) g_j with Q = orth(A S), S and G of m/3 signs.
+    """tr QᵀAQ + (3/m) Σ_j g_jᵀ (I − QQᵀ) A (I − QQᵀ) g_j with Q = orth(A S), G of m/3 signs.
 
     One column per g_j, each with the whole first part. Meyer et al. 2021, algorithm 1. In reverse
-    mode the sketch is of Aᵀ, whose trace is A's.
+    mode the sketch is of Aᵀ, whose trace is A's. S is normal: of signs, few dimensions have equal
+    columns, a Q that rounding chooses, and so no smooth estimate along a trajectory.
     """
 
     symmetric = False
@@ -251,7 +252,8 @@ class _HutchPP(Trace):
         return self.probes // 3
 
     def draw(self, x, draws=None):
-        return rademacher(_copies(x, 2 * (self.probes // 3)), draws)
+        like = _copies(x, self.probes // 3)
+        return torch.cat([gaussian(like, draws, "sketch"), rademacher(like, draws)], dim=1)
 
     def columns(self, jacobian, x, probe):
         sketch, rest = probe.transpose(0, 1).chunk(2)

@@ -206,6 +206,11 @@ def normal(x: torch.Tensor, draws, stream: str) -> torch.Tensor:
     return torch.randn_like(x) if draws is None else draws.randn(stream, x.shape[1:]).to(x)
 
 
+def dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """vᵀw of each sample, (B,), in float64."""
+    return sum_except_batch(double(v) * double(w))
+
+
 @dataclass(frozen=True)
 class _Bound:
     """One evaluation of the bound at one time per image."""
@@ -293,7 +298,7 @@ class _Bound:
 
 
 def _square(x: torch.Tensor) -> torch.Tensor:
-    return sum_except_batch(double(x) ** 2)
+    return dot(x, x)
 
 
 def _excess(z: torch.Tensor) -> torch.Tensor:

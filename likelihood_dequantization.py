@@ -167,7 +167,7 @@ def bits_loss(
     u, log_q = network(images, unit_noise(images, draws))
     x = scaler(add_noise(images, u, levels))
     bound = log_density(x, draws=draws) + log_volume_at(x, inverse_scaler, levels) - log_q
-    return -bound / (images[0].numel() * math.log(2))
+    return (-bound / (images[0].numel() * math.log(2))).to(log_q)
 
 
 def levels_of(x: torch.Tensor, inverse_scaler: Callable, levels: int) -> torch.Tensor:

@@ -27,10 +27,10 @@ import torch
 import sde_lib
 from divergence import get_trace, mean_and_error, watched
 from likelihood_bits import Likelihood, check_data, refuse_nan
-from likelihood_bounds import check_process, normal, numbered, tau_of
+from likelihood_bounds import check_process, dot, normal, numbered, tau_of
 from likelihood_paths import lambda_grid
 from models.utils import get_score_fn
-from sde_lib import double, sum_except_batch
+from sde_lib import double
 
 
 def get_family_bound_fn(
@@ -115,7 +115,7 @@ class _Walk:
         """ε̂, and the integral's rate per unit of |λ|: −τ² ‖ε̂‖² + (1 + τ²) σ ∇·ε̂."""
         value, columns = self.estimator(watched(lambda x: self.noise(i, x)), self.x_of(i, y), probe)
         divergence = self._sigma(i) * double(columns.mean(dim=1))
-        return value, -(self.tau**2) * _dot(value, value) + (1 + self.tau**2) * divergence
+        return value, -(self.tau**2) * dot(value, value) + (1 + self.tau**2) * divergence
 
     def step(self, i: int, y, value, draws):
         """y at time i + 1, by Heun's method, and −∫ a dw of the step."""
@@ -125,7 +125,7 @@ class _Walk:
         if tau:
             xi = normal(self.data, draws, f"step {i}")
             spread = tau * math.sqrt(after**2 - before**2)
-            there, martingale = y + spread * xi, spread / before * _dot(value, xi)
+            there, martingale = y + spread * xi, spread / before * dot(value, xi)
         if tau == 1:
             return there, martingale
         slope = before * value
@@ -148,7 +148,3 @@ class _Walk:
             total = total + martingale + 0.5 * h * (before + rate)
         x = self.x_of(last, y)
         return double(self.sde.prior_logp(x)), total, x
-
-
-def _dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return sum_except_batch(double(v) * double(w))

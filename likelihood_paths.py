@@ -25,9 +25,9 @@ import torch
 
 import sde_lib
 from likelihood_bits import Likelihood, check_data, refuse_nan
-from likelihood_bounds import check_process, check_stochastic, normal, numbered, tau_of
+from likelihood_bounds import check_process, check_stochastic, dot, normal, numbered, tau_of
 from models.utils import get_score_fn
-from sde_lib import double, expand, sum_except_batch
+from sde_lib import double, expand
 
 
 def importance_weighted(logw: torch.Tensor) -> torch.Tensor:
@@ -130,7 +130,7 @@ def _log_weight(sde, score_fn, data, times, tau: float, draws):
         return -float(sigma[i]) * score_fn(at(i, z), ones * times[i]) - z
 
     z = normal(data, draws, "prior")
-    log_q = -0.5 * (d * math.log(2 * math.pi * float(sigma[0]) ** 2) + _dot(z, z))
+    log_q = -0.5 * (d * math.log(2 * math.pi * float(sigma[0]) ** 2) + dot(z, z))
     prior = double(sde.prior_logp(at(0, z))) - log_q
     path = torch.zeros_like(prior)
     for i in range(len(times) - 1):
@@ -138,13 +138,9 @@ def _log_weight(sde, score_fn, data, times, tau: float, draws):
         noise = math.sqrt(-math.expm1(-2 * tau**2 * h))
         kappa = -math.exp(h) * math.expm1(-(1 + tau**2) * h) / noise
         xi = normal(data, draws, f"step {i}")
-        path = path - kappa * _dot(xi, e) - 0.5 * kappa**2 * _dot(e, e)
+        path = path - kappa * dot(xi, e) - 0.5 * kappa**2 * dot(e, e)
         z = math.exp(-(tau**2) * h) * z + noise * xi
     e = error(len(times) - 1, z)
     scale = float(sigma[-1] / alpha[-1])
-    offset = -0.5 * (d * math.log(2 * math.pi * scale**2) + _dot(e, e))
+    offset = -0.5 * (d * math.log(2 * math.pi * scale**2) + dot(e, e))
     return prior, path, offset
-
-
-def _dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    return sum_except_batch(double(v) * double(w))

@@ -147,7 +147,10 @@ class Adaptive:
     def _judge(self, rows: Rows, trial: Trial, new: State) -> tuple[Rows, torch.Tensor]:
         """The rows after a trial, and which of them have no step left that is small enough."""
         accept, moving = trial.error <= 1, rows.under_way
-        factor = SAFETY * _root(1 / trial.error, self._exponent)
+        # A second refusal in a row says that the error falls slower than the method's order has it,
+        # as at the kink of σ ∝ √t: then by first order.
+        exponent = torch.where(rows.again & ~accept, 1.0, self._exponent)
+        factor = SAFETY * _root(1 / trial.error, exponent)
         most = torch.where(rows.again, torch.ones_like(factor), torch.full_like(factor, FASTEST))
         h = (trial.s - rows.t) * _coarse(factor.clamp(min=SLOWEST).minimum(most))
         least = 50 * torch.finfo(h.dtype).eps * torch.maximum(rows.span.abs(), rows.t.abs())
@@ -241,7 +244,7 @@ def _real(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def _root(x: torch.Tensor, exponent: float) -> torch.Tensor:
+def _root(x: torch.Tensor, exponent: float | torch.Tensor) -> torch.Tensor:
     # torch.pow differs in the last bit between the bulk and the tail of a vector; exp does not.
     return torch.exp(exponent * torch.log(x))
 

@@ -111,8 +111,8 @@ def check_same_experiment(config, workdir: Path, training: bool) -> None:
         )
 
 
-def check_writable(workdir: Path) -> None:
-    """Make the folder, and a file in it.
+def check_writable(workdir: Path, flag: str = "--workdir") -> None:
+    """Make the folder that `flag` names, and a file in it.
 
     Raises: OSError that says why it cannot be.
     """
@@ -123,7 +123,7 @@ def check_writable(workdir: Path) -> None:
     except OSError as error:
         kind = PermissionError if isinstance(error, PermissionError) else OSError
         raise kind(
-            f"--workdir {workdir}: expected a folder to write in, got: {error.strerror}; "
+            f"{flag} {workdir}: expected a folder to write in, got: {error.strerror}; "
             "choose another, or change its permissions"
         ) from error
 

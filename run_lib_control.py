@@ -41,7 +41,7 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
     config.eval.begin_ckpt = config.eval.end_ckpt = checkpoint
     number = find_checkpoints(config, workdir)[-1]
     folder = Path(output or workdir / "control" / config.control.task).expanduser()
-    check_writable(folder)
+    check_writable(folder, "--output" if output else "--workdir")
     check_same_experiment(config, workdir, training=False)
     sde, state = sde_lib.get_sde(config), create_state(config)
     job = Job(config, sde, state["model"])

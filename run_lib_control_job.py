@@ -10,10 +10,8 @@ import torch
 
 import data_lib
 import sde_lib
-from models.utils import get_score_fn
-from parametrization import on_process
 from randomness import seed_for
-from run_lib_samples import FRAMES, conditions, sampling_eps
+from run_lib_samples import FRAMES, conditions, sampling_eps, score_on
 
 #: Samples that the animation shows.
 ANIMATED = 16
@@ -92,10 +90,7 @@ class Job:
 
     def score(self, labels: torch.Tensor | None = None):
         """The network's score on the process of the sampling, told the labels."""
-        continuous = self.config.training.continuous
-        score_fn = get_score_fn(self.sde, self.model, train=False, continuous=continuous)
-        if self.process is not self.sde:
-            score_fn = on_process(score_fn, self.process, eps=self.config.training.eps)
+        score_fn = score_on(self.config, self.sde, self.process, self.model)
         known = conditions(self.config, labels) if labels is not None else {}
         return score_fn.with_conditions(**known) if known else score_fn
 

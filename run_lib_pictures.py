@@ -22,17 +22,17 @@ from models.utils import get_score_fn
 from run_lib_journal import log
 from run_lib_samples import Sampler
 from run_lib_shards import UNREADABLE
-from sampling_noise import NoiseSource
 from visualize_points import HALF_SIDE
 
 #: Cells along a side of an exact heat map, and of a histogram; arrows along a side of a field.
-CELLS, BINS, ARROWS = 100, 60, 15
+CELLS, BINS, ARROWS = 100, 60, 13
 #: Points whose ways are drawn, steps of a way, and λ_H of the members of the plug-in family shown.
 PATHS, STEPS, FAMILY = 5, 100, (0.0, 0.5, 0.9, 1.0)
 #: Points of the model's marginals, steps of its ODE towards them, and the seed of what is random.
 SAMPLES, ODE_STEPS, SEED = 10_000, 30, 0
-#: Noise levels σ/α of fields, and of marginals beside the last one.
-LEVELS, MARGINALS = (0.1, 0.5), (3.0, 1.0, 0.3, 0.1)
+#: Noise levels σ/α of fields, of marginals beside the last one, and where ways begin: those above
+#: are all alike.
+LEVELS, MARGINALS, TOP = (0.1, 0.5), (3.0, 1.0, 0.3, 0.1), 20.0
 #: Points, and the moments, as shares of log steps, at which a Langevin sampler is shown.
 LANGEVIN_POINTS, MOMENTS = 2000, (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -109,17 +109,15 @@ class Pictures:
             for name, field in (("learned", score.double().cpu()), ("exact", exact)):
                 fields[f"{name}, σ/α = {level:g}"] = sigma * field
                 below[f"{name}, σ/α = {level:g}"] = log_p
-        return visualize_plane.field_panels(below, places, fields, unit=1.0)
+        return visualize_plane.field_panels(below, places, fields, unit=0.5)
 
     def marginals(self):
         """p_t, and the histogram of the model's points at t, of x_t/√(α² + σ²), as noise falls."""
         end = self._level(self.eps)
-        chosen = [
-            self._at_level(level)[2] for level in MARGINALS if 1.5 * end < level < self._top()
-        ]
+        top = self._level(float(self.sde.T))
+        chosen = [self._at_level(level)[2] for level in MARGINALS if 1.5 * end < level < top]
         chosen.append(self.eps)
-        grid = sampling.time_grid(self.sde, self.eps, ODE_STEPS, "logsnr").tolist()
-        grid = sorted({*grid, *chosen}, reverse=True)
+        grid = sorted({*self._grid(ODE_STEPS), *chosen}, reverse=True)
         states, times, _ = self._way("dpmpp_2m", SAMPLES, grid)
         return visualize_plane.density_rows(
             {
@@ -172,8 +170,13 @@ class Pictures:
     def _times(self, t: float, n: int) -> torch.Tensor:
         return torch.full((n,), t, device=self.config.device)
 
-    def _top(self) -> float:
-        return self._level(float(self.sde.T))
+    def _grid(self, steps: int) -> list[float]:
+        """Falling times, even in the logarithm of the noise level, from T or TOP to eps."""
+        low, high = sde_lib.lambda_range(self.sde, self.eps)
+        inner = torch.linspace(max(low, -math.log(TOP)), high, steps, dtype=torch.float64)[1:-1]
+        times = sde_lib.time_of_half_log_snr(self.sde, inner).tolist()
+        first = float(self.sde.T) if low >= -math.log(TOP) else self._at_level(TOP)[2]
+        return [first, *times, self.eps]
 
     def _blur(self, t: float) -> float:
         """A width much smaller than that of the noise in x_t/√(α² + σ²)."""
@@ -218,7 +221,7 @@ class Pictures:
     def _forward(self) -> tuple[torch.Tensor, list[float]]:
         """Exact steps of the forward process: x_s | x_t ~ N((α_s/α_t) x, σ_s² − (α_s σ_t/α_t)²)."""
         generator = _seeded()
-        times = sampling.time_grid(self.sde, self.eps, STEPS, "logsnr").flip(0).tolist()
+        times = self._grid(STEPS)[::-1]
         x, states = self.density.sample(PATHS, 2).double(), []
         before = (1.0, 0.0)
         for t in times:
@@ -234,7 +237,7 @@ class Pictures:
     def _member(self, lam: float) -> tuple[torch.Tensor, list[float]]:
         """Ways of the member λ_H of the plug-in family, its noise τ = √(1 − λ_H), and their times;
         the ODE in second order."""
-        times = sampling.time_grid(self.sde, self.eps, STEPS, "logsnr").tolist()
+        times = self._grid(STEPS)
         if lam == 1.0:
             states, times, samples = self._way("dpmpp_2m", PATHS, times)
         else:
@@ -246,15 +249,20 @@ class Pictures:
         """States (T, n, 2) of a predictor at the falling `times` (T,), divided by √(α² + σ²); the
         times; and the samples (n, 2), the mean of the last call, as they are."""
         track, predictor = sampling.Trajectory(), sampling.get_predictor(name)
+        first: list[torch.Tensor] = []
+
+        def start(x):  # the prior, made smaller where the ways begin after it
+            first.append(x * self._size(times[0]) / self._size(float(self.sde.T)))
+            return first[0]
+
         sampler = sampling.get_pc_sampler(
             self.sde, (n, 2), functools.partial(predictor, **options) if options else predictor,
             None, lambda x: x, 0.0, eps=self.eps, continuous=self.continuous, steps=len(times),
             schedule=lambda *_: torch.tensor(times, dtype=torch.float64), generator=_seeded(),
-            device=self.config.device, callback=track,
+            device=self.config.device, callback=track, start=start,
         )  # fmt: skip
         samples, _ = sampler(self.model)
-        first = NoiseSource(_seeded()).prior(self.sde, (n, 2))  # the sampler's own start
-        states = torch.cat([first[None].to(track.states), track.states[:-1]])
+        states = torch.cat([first[0][None].cpu(), track.states[:-1]])
         return self._unit(states, times), times, samples.cpu()
 
 

@@ -72,6 +72,15 @@ def conditioned(config, sde, model, known: dict[str, torch.Tensor]):
     return score_fn.with_conditions(**known)
 
 
+def score_on(config, sde, process, model):
+    """The network's score on the process of the sampling."""
+    continuous = config.training.continuous
+    score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
+    if process is sde:
+        return score_fn
+    return on_process(score_fn, process, eps=config.training.eps)
+
+
 # --- samples by number ----------------------------------------------------------------------
 
 
@@ -164,10 +173,7 @@ class Sampler:
     def told(self, known: dict[str, torch.Tensor]):
         """The network on the process of the sampling, told what is known of the samples, and guided
         as `config.sampling` says."""
-        continuous = self.config.training.continuous
-        score_fn = get_score_fn(self.sde, self.model, train=False, continuous=continuous)
-        if self.process is not self.sde:
-            score_fn = on_process(score_fn, self.process, eps=self.config.training.eps)
+        score_fn = score_on(self.config, self.sde, self.process, self.model)
         return self.guidance(score_fn, known.get("y"))
 
     def _keep_frames(self):
@@ -285,7 +291,8 @@ def sample(
             if num < 1 or first < 0:
                 raise ValueError(f"expected num ≥ 1 and first ≥ 0, got {num} and {first}")
             if distributed.is_main():
-                check_writable(path if write is _write_files else path.parent)
+                folder = path if write is _write_files else path.parent
+                check_writable(folder, "--output" if output else "--workdir")
                 check_same_experiment(config, workdir, training=False)
             sde, state = sde_lib.get_sde(config), create_state(config)
             draw = Sampler(config, sde, state["model"], label)

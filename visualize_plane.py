@@ -24,7 +24,7 @@ _MAP, _PALE, _SIGNED, _ARROW, _DOT = "cividis", "Greys", "PuOr", "#ffffff", "#25
 #: Colours of paths, in turn.
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#000000", "#56b4e9", "#e69f00")
 #: Inches of a panel, and what an arrow of size 1 takes of the space between two.
-_WIDTH, _LENGTH = 2.6, 0.3
+_WIDTH, _LENGTH = 2.6, 0.25
 
 
 def density_panels(
@@ -151,7 +151,7 @@ def field_panels(
       log_density: on a square grid, as of `density_panels`; or one for each field, by its name.
       places: where arrows begin, (n, 2), on a grid.
       fields: vectors there, (n, 2), by name.
-      unit: by default half the median size of all vectors.
+      unit: by default a quarter of the median size of all vectors.
     """
     start = _array(places)
     vectors = {name: _array(v) for name, v in fields.items()}
@@ -161,7 +161,7 @@ def field_panels(
     figure, axes = _panels(len(fields), half_side, ncols)
     spacing = 2 * half_side / math.sqrt(len(start))
     sizes = {name: np.linalg.norm(v, axis=1, keepdims=True) for name, v in vectors.items()}
-    unit = unit or float(np.median(np.concatenate(list(sizes.values())))) / 2 or 1.0
+    unit = unit or float(np.median(np.concatenate(list(sizes.values())))) / 4 or 1.0
     for (name, v), ax in zip(vectors.items(), axes):
         p = log_density[name] if isinstance(log_density, Mapping) else log_density
         _heat(ax, _relative(_square(p)), half_side, vmin=0, vmax=1.4)
@@ -169,7 +169,8 @@ def field_panels(
         arrows = v / np.maximum(sizes[name], 1e-12) * length
         ax.quiver(
             start[:, 0], start[:, 1], arrows[:, 0], arrows[:, 1], color=_ARROW, angles="xy",
-            scale_units="xy", scale=1, width=0.007, headwidth=4, headlength=4, headaxislength=3.6,
+            scale_units="xy", scale=1, width=0.008, headwidth=3.2, headlength=3.2,
+            headaxislength=2.9,
         )  # fmt: skip
         ax.set_title(name, fontsize=11)
     return figure

@@ -15,6 +15,7 @@ import sde_lib
 from run_lib_control import control
 from run_lib_control_inverse import quality
 from run_lib_control_job import Job
+from run_lib_control_tasks import get_task
 from run_lib_images import read_images
 from run_lib_state import complete_here, create_state
 
@@ -424,3 +425,13 @@ def test_a_network_of_the_exploding_process_fills_in(tmp_path):
         quick = {**QUICK, "eval__batch_size": 6, "control__method": method}
         folder = control(tiny(**quick, **settings), tmp_path / "run", tmp_path / method)
         assert len(pixels(folder)) == 6
+
+
+@pytest.mark.parametrize("settings", [{"control__task": "interpolate"}, {"control__task": "edit"}])
+def test_evaluations_are_all_that_were_made(settings):
+    config = complete_here(tiny(**{**QUICK, **settings, "control__num_samples": 2}))
+    sde, state = sde_lib.get_sde(config), create_state(config)
+    calls = []
+    state["model"].register_forward_hook(lambda *_: calls.append(1))
+    outcome = get_task(config)(Job(config, sde, state["model"]))()
+    assert outcome.numbers["evaluations"] == len(calls)

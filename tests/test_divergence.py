@@ -116,6 +116,20 @@ def test_hutchpp_is_exact_up_to_a_third_of_its_probes_in_rank(rank, mode):
         assert (columns.mean(1) - A.trace()).abs().max() > 1e-3
 
 
+def test_hutchpp_is_smooth_along_a_path_in_few_dimensions():
+    """Columns of signs were equal in a quarter of samples, their Q rounding's choice."""
+    torch.manual_seed(0)
+    A, B = torch.randn(2, 3, 3, dtype=torch.float64)
+    trace = get_trace("hutch++", 6)
+    x = torch.randn(64, 3, dtype=torch.float64)
+    probe = trace.draw(x, Draws(0, ("hutch",), 0, 64))
+
+    def at(t):
+        return trace(lambda y: y @ (A + t * B).T, x, probe)[1].mean(dim=1)
+
+    assert (at(0.5 + 1e-9) - at(0.5)).abs().max() < 1e-6
+
+
 def test_hutchpp_with_more_columns_than_dimensions_is_exact():
     x = torch.randn(5, 2, 2, dtype=torch.float64)
     fn, truth = field(matrix(5, 4))

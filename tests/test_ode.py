@@ -355,6 +355,14 @@ def test_underflow_of_the_step_is_an_error_that_names_t():
         ode.solve(fn, (torch.zeros(1, 2, dtype=F64),), 0.0, 2.0)
 
 
+def test_a_kink_at_the_start_costs_few_refusals():
+    """The error of a step from 0 of dy/dt = 1/√(t + δ) falls like √h, not like h⁵."""
+    y = (torch.zeros(1, 1, dtype=torch.float64),)
+    found = ode.solve(lambda t, y: ((t + 1e-9).rsqrt()[:, None],), y, 0.0, 1.0)
+    assert abs(found.state[0].item() - 2) < 1e-3
+    assert int(found.rejected) <= 6, found
+
+
 def test_overflow_within_a_step_is_tried_shorter():
     """Squares beyond float32 in the error norm are no reason to give up."""
     y = torch.full((2, 3), 1e25)

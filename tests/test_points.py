@@ -246,3 +246,26 @@ def test_true_points_are_as_far_from_the_truth_as_the_truth(monkeypatch):
     worse = evaluation_points.compare(p.sample(2500, 77) * 1.2, p.sample)
     assert worse["sliced_wasserstein_ratio"] > 2
     assert worse["mmd2"] > 5 * worse["mmd2_se"]
+
+
+def test_an_image_of_16_bits_is_read_as_dark_as_it_is(tmp_path):
+    from PIL import Image
+
+    levels = np.linspace(0, 65535, 64).astype(np.uint16)
+    Image.fromarray(np.tile(levels, (64, 1))).save(tmp_path / "ramp.png")
+    density = data_lib_points.get_density(
+        toy("image_density", image=str(tmp_path / "ramp.png"), image_threshold=0.5)
+    )
+    assert 0.45 < (density.weights > 0).double().mean() < 0.55
+
+
+def test_a_file_that_is_no_image_is_refused_by_its_name(tmp_path):
+    (tmp_path / "notes.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"notes.png.*expected an image file"):
+        data_lib_points.get_density(toy("image_density", image=str(tmp_path / "notes.png")))
+
+
+def test_our_drawings_are_found_from_any_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    density = data_lib_points.get_density(toy("image_density", image="assets/ring.png"))
+    assert density.sample(10, 0).shape == (10, 2)

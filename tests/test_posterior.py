@@ -21,7 +21,14 @@ from controllable_generation_posterior import (
 )
 from operators import get_operator
 from operators_base import conjugate_gradients
-from parametrization import OUTPUTS, Parametrization, ScoreFunction, convert, on_process
+from parametrization import (
+    OUTPUTS,
+    Parametrization,
+    ScoreFunction,
+    as_score_function,
+    convert,
+    on_process,
+)
 from sampling_wrappers import classifier_free_guidance, static_threshold, wrap_denoiser
 
 PROCESSES = tuple(paths())
@@ -622,3 +629,30 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="get_score_fn"):
         posterior_score(Small(), bed.sde, FIRST, Y)
     assert get_rule("mmps") == MMPS() and get_rule("pigdm") == PiGDM()
+
+
+def test_the_last_step_of_dps_takes_noise_away_and_nothing_else():
+    sde = sde_lib.VESDE(0.01, 20.0)
+    bed, A = image_bed(sde), get_operator("mask", SHAPE)
+    y = torch.full((1, *A.shape_out), 0.3, dtype=torch.float64)
+    for steps, schedule in ((60, "logsnr"), (60, "uniform"), (None, "uniform")):
+        kept = sampling.Trajectory()
+        options = {"steps": steps, "schedule": schedule, "zeta": 0.05, "seeds": range(4)}
+        solver = methods.get_inverse_solver("dps")
+        x, _ = solver(sde, (4, *SHAPE), A, y, callback=kept, **options)(bed.score_fn)
+        before = kept.states[-2].to(x)
+        assert (x - before).square().mean().sqrt() < 0.2
+
+
+def test_tmpd_without_noise_starts_where_nothing_of_the_data_is_left():
+    sde = sde_lib.RectifiedFlow(N=50)
+
+    def score(x, t):  # of N(0, 0.09): at t = 1 the denoiser rounds to 0
+        alpha, sigma = (sde_lib.expand(c, x).to(x) for c in sde_lib.alpha_sigma(sde, t))
+        return -x / (0.09 * alpha**2 + sigma**2)
+
+    A = get_operator("mask", SHAPE)
+    x, _ = methods.get_inverse_solver("tmpd")(
+        sde, (3, *SHAPE), A, torch.full((1, *A.shape_out), 0.3), steps=40, schedule="logsnr"
+    )(as_score_function(score, sde))
+    close(A(x), torch.full((3, *A.shape_out), 0.3), 0.05)

@@ -1,4 +1,4 @@
-"""The ring as NCSN would do it: ten noise levels, and annealed Langevin dynamics."""
+"""The ring as NCSN would do it: sixteen noise levels, and annealed Langevin dynamics."""
 
 from configs import defaults
 from configs.families import on_best_device, points, ve
@@ -12,5 +12,5 @@ def get_config():
         objective="annealed", weighting="", time_sampler="uniform", stratified=False
     )
     config.model.update(num_scales=16, sigma_min=0.02, sigma_max=4.0)
-    config.sampling.update(predictor="none", corrector="ald", snr=0.2, n_steps_each=10)
+    config.sampling.update(predictor="none", corrector="ald", snr=0.4, n_steps_each=10)
     return config
