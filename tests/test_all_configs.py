@@ -17,7 +17,9 @@ import sampling
 import sde_lib
 from configs import defaults
 from configs.validation import NEVER_READ, complete, flatten
+from controllable_generation import guided_from_config
 from models import ema, utils
+from parametrization import as_score_function
 from run_lib_checks import NO_SCORE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -138,6 +140,10 @@ def test_networks_optimizer_and_samplers_read_every_key_of_theirs():
             get_sampler(config)(state["model"])
             step_fn(config, train=True)
         sde_lib.OUVE.from_config(config)  # no configuration's process
+    guided = scaled_down(SHIPPED[0])
+    guided.sampling.guidance = "autoguidance"  # of no configuration
+    score_fn = as_score_function(lambda x, t: x, sde_lib.VPSDE())
+    guided_from_config(Recording(guided, seen), score_fn, None, lambda where, key: score_fn)
     kept = ("model.", "optim.", "sampling.")
     known = {key for key, _ in flatten(defaults.get_default_configs()) if key.startswith(kept)}
     used = {key for path in SHIPPED for key, _ in flatten(load(path)) if key.startswith(kept)}

@@ -109,6 +109,7 @@ def test_features_and_logits_do_not_depend_on_the_batch(weights):
     torch.testing.assert_close(small.logits, small.pool @ bare.T)
 
 
+@pytest.mark.slow
 def test_inception_under_random_weights_tells_two_sets_apart_and_a_set_from_itself_not(weights):
     generator = torch.Generator().manual_seed(5)
     flat = torch.randint(0, 256, (6, 3, 1, 1), generator=generator).byte().expand(-1, -1, 8, 8)
