@@ -18,7 +18,7 @@ from divergence import (
     watched,
 )
 from likelihood_bits import Likelihood, bits_per_dim, check_data, log_volume_at, refuse_discrete
-from models.utils import get_score_fn
+from models.utils import get_score_fn, rows_are_free
 
 __all__ = [
     "Likelihood",
@@ -96,19 +96,13 @@ def get_ode_likelihood_fn(
             atol=atol,
             method=method,
             max_nfe=max_nfe,
-            drop=_rows_are_free(sde, model),
+            drop=rows_are_free(sde, model),
         )
         prior = sde.prior_logp(z) if len(z) else z.new_zeros(0)
         mean, error = ((d * v).to(prior) for v in mean_and_error(integral, trace.stochastic))
         return Likelihood(prior + mean, error, z, nfe, {"prior": prior, "trace": mean})
 
     return likelihood
-
-
-def _rows_are_free(sde, model) -> bool:
-    """Whether rows may leave a batch: not where conditions or an observation are bound to it."""
-    free = sde_lib.is_declared_affine(sde) and sde_lib.unbound(sde) is sde
-    return free and isinstance(model, torch.nn.Module)
 
 
 def get_div_fn(fn: Callable) -> Callable:

@@ -154,17 +154,17 @@ def _picture(job: Job, A: operators.Operator, name: str, y: torch.Tensor) -> tor
 
 def _paper(job: Job, A, name: str, y: torch.Tensor) -> Callable:
     """The paper's inpainting and colouring, with the configured predictor and corrector."""
-    c, known = job.config.control, ", ".join(sorted(load_inverse_solvers()))
+    c, others = job.config.control, ", ".join(sorted(load_inverse_solvers()))
     if name not in ("mask", "inpaint", "grey"):
         raise ValueError(
             f"control.method='pc' is for 'inpaint' and 'colorize', got task {name!r}; use one of "
-            f"{known}"
+            f"{others}"
         )
     if c.noise or (name == "grey" and c.operator):
         what = "measurements without noise" if c.noise else "the mean of the channels"
         raise ValueError(
             f"control.method='pc' is for {what}, got control.noise={c.noise:g} and "
-            f"control.operator={dict(c.operator)}; use one of {known}"
+            f"control.operator={dict(c.operator)}; use one of {others}"
         )
     make = get_pc_colorizer if name == "grey" else get_pc_inpainter
     fn = with_options(make, dict(job.config.control.options), "control.method 'pc'")
@@ -172,10 +172,8 @@ def _paper(job: Job, A, name: str, y: torch.Tensor) -> Callable:
 
     def sampler_of(places: range, callback):
         sampler = fn(*steppers(job), **settings_of(job, places, callback))
-        score_fn, part = (
-            job.score(job.labels(places)),
-            y[places.start : places.stop].to(job.config.device),
-        )
+        score_fn = job.score(job.labels(places))
+        part = y[places.start : places.stop].to(job.config.device)
         if known is None:
             samples = sampler(score_fn, part)
         else:

@@ -72,8 +72,9 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
             if opened.has_transparency_data:
                 lowest = opened.convert("RGBA").getchannel("A").getextrema()[0]
                 transparent = lowest < 255  # type: ignore[operator]
-        pixels = decode(path.read_bytes(), channels, size)
-        colours = decode(path.read_bytes(), 3, size).astype(int)
+        content = path.read_bytes()
+        pixels = decode(content, channels, size)
+        colours = decode(content, 3, size).astype(int) if channels == 1 else None
     except FileNotFoundError:
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything
@@ -91,7 +92,9 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
             f"{path}: expected an image without transparent pixels, which would be laid on white; "
             "flatten it, or set --config.control.fit=True"
         )
-    if channels == 1:  # a grey picture may be saved with a palette, or with three equal channels
+    if (
+        colours is not None
+    ):  # a grey picture may be saved with a palette, or with three equal channels
         wrong = np.ptp(colours, axis=0).max() > 2
     else:
         wrong = mode in ("1", "L", "LA", "F") or mode.startswith("I")

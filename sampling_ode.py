@@ -12,7 +12,7 @@ import torch
 
 import ode
 import sde_lib
-from models.utils import get_score_fn
+from models.utils import get_score_fn, rows_are_free
 from sampling_grids import check_eps, check_shape
 from sampling_loop import (
     FractionBar,
@@ -105,10 +105,7 @@ def _flow(sde, model, score_fn, x, t0: float, t1: float, **options) -> torch.Ten
     def rhs(t, state):
         return (rsde.sde(state[0], t.to(x.dtype))[0],)
 
-    # Conditions or an observation that are bound to a batch need all of its rows.
-    free = sde_lib.is_declared_affine(sde) and sde_lib.unbound(sde) is sde
-    drop = free and isinstance(model, torch.nn.Module)
-    return ode.solve(rhs, (x,), t0, t1, drop=drop, **options).state[0]
+    return ode.solve(rhs, (x,), t0, t1, drop=rows_are_free(sde, model), **options).state[0]
 
 
 @register_sampler(name="ode")

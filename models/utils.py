@@ -97,6 +97,13 @@ def prepare_for_training(model: torch.nn.Module, config) -> torch.nn.Module:
     return model
 
 
+def rows_are_free(sde, model) -> bool:
+    """Whether samples may leave a batch under way: not where conditions or an observation are bound
+    to all of its rows, nor for functions that are no network."""
+    free = sde_lib.is_declared_affine(sde) and sde_lib.unbound(sde) is sde
+    return free and isinstance(model, torch.nn.Module)
+
+
 def unwrap(model):
     """The network inside DataParallel, DistributedDataParallel or torch.compile."""
     while isinstance(
