@@ -118,7 +118,7 @@ def write_report(
         bpd=_bits(stem, results),
         gaps=results.get("gaps"),
         metrics=results.get("metrics"),
-        rows=_rows(results),
+        rows=_rows(results, "points" if points else "images"),
         pictures=[
             (Path(f"{stem}_{name}.png").read_bytes(), caption)
             for name, caption in (pictures or {}).items()
@@ -150,12 +150,12 @@ def _rows_of(stem: Path, part: str, first: int | None = None, name="") -> np.nda
     return None
 
 
-def _rows(results) -> list[visualize_report.Row]:
+def _rows(results, of: str) -> list[visualize_report.Row]:
     loss = results.get("loss")
     rows = _rows_of_points(results["likelihood"]) if "likelihood" in results else []
     if not loss:
         return rows
-    note = f"Mean over {loss['images']:,} held-out images, under fixed times and noise."
+    note = f"Mean over {loss['images']:,} held-out {of}, under fixed times and noise."
     return [("Loss", loss["mean"], loss.get("standard_error"), note), *rows]
 
 

@@ -283,6 +283,17 @@ _METRICS = {
         "Distance to the nearest training image: held-out images",
         "The same for real images that the model has not seen.",
     ),
+    "sliced_wasserstein": (
+        "Sliced Wasserstein distance",
+        "Of the samples to true points, in the units of the data; above 0 even for the truth.",
+    ),
+    "sliced_wasserstein_true": (
+        "Sliced Wasserstein distance: true points",
+        "Of true points to others: what a perfect model would score.",
+    ),
+    "sliced_wasserstein_ratio": ("Ratio of the two", "1 cannot be told from the truth."),
+    "mmd2": ("MMD²", "Kernel distance to true points, unbiased: 0 for a perfect model."),
+    "mmd2_true": ("MMD²: true points", "Of true points to others; 0 but for chance."),
     "num_samples": ("Samples", "Number of samples behind these numbers."),
     "num_reference": ("Held-out images", "Number of real images they are compared with."),
 }
