@@ -155,13 +155,21 @@ def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return _DEVICE_COPIES[key][1]
 
 
-class _LinearBeta:
+class _LinearBeta(AffineSDE):
     """β(t) = β_0 + t (β_1 − β_0), its integral B, α = e^{−B/2}, and DDPM's tables of N numbers."""
 
-    beta_0: float
-    beta_1: float
-    N: int
     prior_std = 1.0  # as published; σ at T is 2e-5 below it
+
+    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
+        super().__init__(N)
+        if not 0 < beta_min <= beta_max:
+            raise ValueError(f"expected 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
+        self.beta_0 = beta_min
+        self.beta_1 = beta_max
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(config.model.beta_min, config.model.beta_max, config.model.num_scales)
 
     def beta(self, t):
         """β(t)."""
@@ -196,13 +204,8 @@ class _LinearBeta:
         return self._table("alphas")
 
 
-def _check_betas(beta_min: float, beta_max: float) -> None:
-    if not 0 < beta_min <= beta_max:
-        raise ValueError(f"expected 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
-
-
 @register_sde(name="vpsde")
-class VPSDE(_LinearBeta, AffineSDE):
+class VPSDE(_LinearBeta):
     """The variance-preserving SDE (Song et al. 2021, eq. 11), the limit of DDPM.
 
         dx = −½ β(t) x dt + √β(t) dw,   α = e^{−B/2},   σ = √(1 − e^{−B})
@@ -213,16 +216,6 @@ class VPSDE(_LinearBeta, AffineSDE):
       beta_min, beta_max: β(0) and β(1).
       N: number of discretisation steps.
     """
-
-    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(N)
-        _check_betas(beta_min, beta_max)
-        self.beta_0 = beta_min
-        self.beta_1 = beta_max
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(config.model.beta_min, config.model.beta_max, config.model.num_scales)
 
     def sigma(self, t):
         return torch.sqrt(-torch.expm1(-self.B(t)))
@@ -258,7 +251,7 @@ class VPSDE(_LinearBeta, AffineSDE):
 
 
 @register_sde(name="subvpsde")
-class subVPSDE(_LinearBeta, AffineSDE):
+class subVPSDE(_LinearBeta):
     """The sub-VP SDE (Song et al. 2021, eq. 12), best at likelihoods.
 
         dx = −½ β x dt + √(β (1 − e^{−2B})) dw,   α = e^{−B/2},   σ = 1 − e^{−B}
@@ -269,16 +262,6 @@ class subVPSDE(_LinearBeta, AffineSDE):
       beta_min, beta_max: β(0) and β(1).
       N: number of discretisation steps.
     """
-
-    def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(N)
-        _check_betas(beta_min, beta_max)
-        self.beta_0 = beta_min
-        self.beta_1 = beta_max
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(config.model.beta_min, config.model.beta_max, config.model.num_scales)
 
     def sigma(self, t):
         return -torch.expm1(-self.B(t))
