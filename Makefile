@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := configs/vp/digits_ddpmpp_continuous.py
 
-.PHONY: env demo gallery test test-slow lint clean
+.PHONY: env demo gallery docs test test-slow matrix audit lint clean
 
 env: $(VENV)/.ready
 
@@ -23,15 +23,29 @@ demo: env
 gallery: env
 	$(BIN)/python -m benchmarks.gallery $(ARGS)
 
+docs: env
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going docs build/docs
+	@echo "The site: build/docs/index.html"
+
 lint: env
 	$(BIN)/ruff check .
 	$(BIN)/pyright --warnings
 
 test: lint
-	$(BIN)/python -m pytest -m 'not slow' -n 2 --durations=10
+	$(BIN)/python -m pytest -m 'not slow' -n 2 --dist loadgroup --durations=10
 
 test-slow: env
-	$(BIN)/python -m pytest -m slow -n 2 --durations=10
+	$(BIN)/python -m pytest -m slow -n 2 --dist loadgroup --durations=10
+
+# The suite with the oldest and the newest versions; ARGS=all for every Python found.
+matrix:
+	$(PYTHON) .ci/matrix.py $(ARGS)
+
+# What is known to be wrong with the packages that are installed; asks PyPI.
+audit: env
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet pip-audit
+	$(VENV)/audit/bin/pip-audit --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs/demo

@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 
+import arguments
 from sde_lib_base import (
     SDE,
     AffineSDE,
     alpha_sigma,
+    check_process,
     double,
     drift_diffusion,
     expand,
@@ -75,6 +77,7 @@ __all__ = [
     "TimeSampler",
     "adjacent_sigmas",
     "alpha_sigma",
+    "check_process",
     "common_stretch",
     "double",
     "drift_diffusion",
@@ -137,7 +140,15 @@ def row(sde: SDE, t: torch.Tensor) -> torch.Tensor:
 
 
 def lookup(table: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """`table[index]` on the index's device."""
+    """`table[index]` on the index's device.
+
+    Raises: ValueError for an index outside of the table, where that costs no wait for a GPU.
+    """
+    if index.device.type == "cpu" and ((index < 0) | (index >= len(table))).any():
+        raise ValueError(
+            f"expected times in [0, T], which give rows 0 ... {len(table) - 1} of a table, got "
+            f"rows {index.min().item()} ... {index.max().item()}; check t"
+        )
     return _on_device(table, index.device)[index]
 
 
@@ -155,13 +166,15 @@ def _on_device(table: torch.Tensor, device: torch.device) -> torch.Tensor:
     return _DEVICE_COPIES[key][1]
 
 
-class _LinearBeta(AffineSDE):
+class _LinearBeta:
     """β(t) = β_0 + t (β_1 − β_0), its integral B, α = e^{−B/2}, and DDPM's tables of N numbers."""
 
+    N: int
     prior_std = 1.0  # as published; σ at T is 2e-5 below it
 
     def __init__(self, beta_min=0.1, beta_max=20, N=1000):
-        super().__init__(N)
+        super().__init__(N)  # type: ignore[call-arg]  # of AffineSDE, beside which it stands
+        arguments.real(beta_min=beta_min, beta_max=beta_max)
         if not 0 < beta_min <= beta_max:
             raise ValueError(f"expected 0 < beta_min <= beta_max, got {beta_min} and {beta_max}")
         self.beta_0 = beta_min
@@ -205,7 +218,7 @@ class _LinearBeta(AffineSDE):
 
 
 @register_sde(name="vpsde")
-class VPSDE(_LinearBeta):
+class VPSDE(_LinearBeta, AffineSDE):
     """The variance-preserving SDE (Song et al. 2021, eq. 11), the limit of DDPM.
 
         dx = −½ β(t) x dt + √β(t) dw,   α = e^{−B/2},   σ = √(1 − e^{−B})
@@ -251,7 +264,7 @@ class VPSDE(_LinearBeta):
 
 
 @register_sde(name="subvpsde")
-class subVPSDE(_LinearBeta):
+class subVPSDE(_LinearBeta, AffineSDE):
     """The sub-VP SDE (Song et al. 2021, eq. 12), best at likelihoods.
 
         dx = −½ β x dt + √(β (1 − e^{−2B})) dw,   α = e^{−B/2},   σ = 1 − e^{−B}
@@ -303,6 +316,7 @@ class VESDE(AffineSDE):
 
     def __init__(self, sigma_min=0.01, sigma_max=50, N=1000):
         super().__init__(N)
+        arguments.real(sigma_min=sigma_min, sigma_max=sigma_max)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         self.sigma_min = sigma_min
@@ -310,10 +324,12 @@ class VESDE(AffineSDE):
 
     @classmethod
     def from_config(cls, config):
+        """The process with `config.model`'s sigma_min, sigma_max and num_scales."""
         return cls(config.model.sigma_min, config.model.sigma_max, config.model.num_scales)
 
     @property
     def prior_std(self):  # type: ignore[override]
+        """σ_max."""
         return self.sigma_max
 
     @property

@@ -1,16 +1,27 @@
 """Installation. The flat layout defeats auto-discovery, so modules and packages are named here."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+here = Path(__file__).resolve().parent
+version = re.search(r'__version__ = "(.+)"', (here / "configs" / "__init__.py").read_text())
+assert version is not None
+
+# The site of docs/: Sphinx, Markdown and notebooks as pages, looks, formulas without a script.
+DOCS = ["sphinx>=8.1", "myst-nb>=1.2", "furo>=2024.8.6", "latex2mathml>=3.77"]
 
 setup(
     name="score-sde",
-    version="0.1.0",
+    version=version[1],
     description="Score-based generative modelling through stochastic differential equations",
     license="Apache-2.0",
     python_requires=">=3.10",
     # utils.py and datasets.py are doors for old code, used from a checkout: an installed
     # `datasets` would shadow another well-known package.
     py_modules=[
+        "arguments",
         "checkpoints",
         "checkpoints_convert",
         "checkpoints_diffusers",
@@ -31,6 +42,7 @@ setup(
         "data_lib_densities",
         "data_lib_files",
         "data_lib_index",
+        "data_lib_lmdb",
         "data_lib_points",
         "data_lib_sources",
         "distributed",
@@ -42,6 +54,8 @@ setup(
         "evaluation_points",
         "evaluation_scales",
         "evaluation_stats",
+        "files",
+        "files_reading",
         "likelihood",
         "likelihood_bits",
         "likelihood_bounds",
@@ -82,6 +96,7 @@ setup(
         "run_lib_guidance",
         "run_lib_journal",
         "run_lib_likelihood",
+        "run_lib_memory",
         "run_lib_metrics",
         "run_lib_objectives",
         "run_lib_results",
@@ -115,28 +130,32 @@ setup(
         "visualize_report",
     ],
     packages=find_packages(include=["models", "models.*", "configs", "configs.*"]),
+    # Lower bounds: what the corner `oldest` of .ci/matrix.py passes the tests with.
     install_requires=[
         "torch>=2.6",
-        "torchvision",  # the public data sets
+        "torchvision>=0.21",  # the public data sets
         "numpy>=1.26",
-        "scipy",  # the reference ODE solver
-        "ml_collections",
-        "absl-py",
-        "tensorboard",
-        "clean-fid",  # Inception features as the literature computes them
-        "tqdm",  # progress bars
-        "matplotlib",  # plots of the report
-        "Pillow",  # images in, grids and animations out
-        "scikit-learn",  # the embedded digits of the demo
+        "scipy>=1.11",  # the reference ODE solver
+        "ml_collections>=1.1",
+        "absl-py>=2.0",
+        "tensorboard>=2.15",
+        "clean-fid>=0.1.35",  # Inception features as the literature computes them
+        "tqdm>=4.66",  # progress bars
+        "matplotlib>=3.8",  # plots of the report
+        "Pillow>=10.1",  # images in, grids and animations out
+        "scikit-learn>=1.3",  # the embedded digits of the demo
     ],
     extras_require={
         "test": [
-            *("pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "build"),
+            *("pytest", "pytest-xdist", "ruff", "pyright[nodejs]", "build", "setuptools>=71"),
             *("diffusers", "msgpack", "safetensors"),  # formats of checkpoints
             *("torch-fidelity", "prdc"),  # the same metrics, by others
+            "hypothesis",  # properties, over everything a caller may hand over
             "lmdb",
             *("nbclient", "nbformat", "ipykernel"),  # the notebooks are executed
+            *DOCS,  # the site is built
         ],
+        "docs": DOCS,
         "lsun": ["lmdb"],  # LSUN as its authors distribute it
         "export": ["safetensors"],
         "diffusers": ["diffusers", "safetensors"],
