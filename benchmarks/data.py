@@ -1,6 +1,6 @@
 """How fast batches arrive from each kind of source, and whether training would wait for them.
 
-    python -m benchmarks.data [--path FOLDER] [--size 32] [--needed 3600] [--output data.json]
+    python -m benchmarks.data [--path FOLDER] [--size 32] [--needed 3600] [--peer edm=PATH]
 
 For memory, folder, .zip and lmdb, and 0 to 4 workers: images a second as fast as they come, and
 the share of its time that a trainer consuming `--needed` images a second waits for them. (A GPU
@@ -9,21 +9,20 @@ trainings is their batch size over their time per step.)
 
 The limits, measured in the same run: Pillow decoding the same files held in memory, one core, with
 nothing else done; the same and this library's crop, resize and copy (`decode`); and as a peer
-torchvision's ImageFolder in a DataLoader with as many workers.
+torchvision's ImageFolder in a DataLoader with as many workers; `--peer edm=PATH` adds EDM's own
+data set, which takes images of the size wanted only. (score_sde_pytorch reads by TensorFlow.)
 """
 
 import argparse
 import contextlib
 import functools
+import importlib
 import io
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from benchmarks import contenders, harness
+from benchmarks.peers import absent, checkout, modules_of
 from configs.validation import complete
 from data_lib import ImageSet, prepare, train_batches
 from data_lib_files import ImageFiles, decode, list_images
@@ -125,6 +126,18 @@ def torchvision_batches(path: Path, size: int, batch_size: int, workers: int):
         yield from loader
 
 
+def edm_batches(folder: str, path: Path, batch_size: int, workers: int):
+    """EDM's data set of a folder in a DataLoader: bytes of shape (B, 3, size, size), and labels."""
+    with modules_of(checkout(folder, "edm", "training/dataset.py")), absent("click"):
+        module = importlib.import_module("training.dataset")
+        images = module.ImageFolderDataset(path=str(path))
+        loader = torch.utils.data.DataLoader(
+            images, batch_size, shuffle=True, num_workers=workers, drop_last=True
+        )
+        while True:
+            yield from loader
+
+
 def sources(path: Path, size: int, scratch: Path) -> dict[str, ImageSet]:
     """The same images in memory, as a folder, as a .zip and, with the package, as an lmdb."""
     files = list_images(path)
@@ -151,7 +164,18 @@ def cases(path: Path, options: argparse.Namespace, scratch: Path) -> dict[str, C
         made[f"torchvision, {workers} workers"] = functools.partial(
             torchvision_batches, path, options.size, options.batch_size, workers
         )
+        for name, folder in options.peer:
+            if name == "edm" and fits(path, options.size):
+                made[f"{name}, {workers} workers"] = functools.partial(
+                    edm_batches, folder, path, options.batch_size, workers
+                )
     return made
+
+
+def fits(path: Path, size: int) -> bool:
+    """Whether the images have the size wanted, so that nothing need be cut."""
+    with Image.open(next(p for p in sorted(path.rglob("*")) if p.is_file())) as image:
+        return image.size == (size, size)
 
 
 def prepare_rate(options: argparse.Namespace) -> float:
@@ -193,46 +217,54 @@ def measure(path: Path, options: argparse.Namespace, scratch: Path) -> dict[str,
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The medians, one line each."""
-    lines = [f"{'':26}{'images/s':>10}  waiting"]
+def table(results: dict[str, Any], needed: float) -> dict[str, Any]:
+    """The medians, and the share of its time that a trainer waits."""
+    body = []
     for name, speed in results["images_per_second"].items():
         share = results["share_of_time_waiting"].get(name)
-        lines.append(f"{name:26}{speed:10,.0f}" + ("" if share is None else f"{share:8.1%}"))
-    return "\n".join(lines)
+        body.append([name, f"{speed:,.0f}", "" if share is None else f"{share:.1%}"])
+    head = ["source", "images/s", f"a trainer of {needed:,.0f} images/s waits"]
+    return {"title": "batches as fast as they come", "head": head, "rows": body}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--path", default="~/data/cifar10-jpeg/train", help="a folder of images")
-    parser.add_argument("--size", type=int, default=32, help="pixels a side")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--needed", type=float, default=3600, help="images a second")
-    parser.add_argument("--workers", type=int, nargs="*", default=[0, 1, 2, 4])
-    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
-    parser.add_argument("--synthetic", type=int, default=0, help="make so many images instead")
-    parser.add_argument("--device", default="auto", help="where prepare puts the images")
-    parser.add_argument("--output", default="", help="a JSON file for every number")
-    options = parser.parse_args()
+def report(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything measured on the images of `--path`, or on made ones where it is not there."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(options.path).expanduser()
         if options.synthetic or not path.is_dir():
             path = synthetic(Path(scratch) / "made", options.synthetic or 2000, options.size)
-        about = {
-            "images": len(list_images(path)),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            **vars(options),
-            "path": str(path),
-        }
-        results = about | measure(path, options, Path(scratch))
-    print(f"{about['images']:,} images of {path} at {options.size} pixels, {about['cores']} cores")
-    print(f"waiting: share of the time of a trainer that takes {options.needed:,.0f} images/s")
-    print(table(results))
-    if options.output:
-        Path(options.output).write_text(json.dumps(results, indent=2))
+        count = len(list_images(path))
+        results = measure(path, options, Path(scratch))
+        oblong = not fits(path, options.size)
+    notes = {
+        "images": f"{count:,} files for {options.size} pixels, batches of {options.batch_size}"
+    }
+    for name, _ in options.peer:
+        if name == "score_sde_pytorch":
+            notes[name] = "reads by TensorFlow, and is left out"
+        elif oblong:
+            notes[name] = f"takes images of {options.size} pixels only, and is left out"
+    return {"notes": notes, **results, "tables": [table(results, options.needed)]}
+
+
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = harness.parser("data", __doc__)
+    add = parser.add_argument
+    add("--peer", type=contenders.peer, action="append", default=[], help="edm=FOLDER")
+    add("--path", default="~/data/cifar10-jpeg/train", help="a folder of images")
+    add("--size", type=int, default=32, help="pixels a side")
+    add("--batch-size", type=int, default=128)
+    add("--needed", type=float, default=3600, help="images a second")
+    add("--workers", type=harness.numbers, default=[0, 1, 2, 4], help="0,1,2")
+    add("--seconds", type=float, default=2.0, help="of each measurement")
+    add("--synthetic", type=int, default=0, help="make so many images instead")
+    parser.set_defaults(repeats=3)
+    return harness.parse(parser, given)
+
+
+def main(given: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark, print its table, write its JSON, and return the report."""
+    return harness.run("data", parse(given), report)
 
 
 if __name__ == "__main__":

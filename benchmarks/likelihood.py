@@ -4,21 +4,17 @@ and bits/dim of images from end to end.
     python -m benchmarks.likelihood --peer score_sde_pytorch=/path/to/checkout --model ncsnpp
 
 An evaluation is what the solver asks for once: the drift and the divergence of a batch at one time.
-The contenders have the same weights, images and probes and take turns, so that whatever else the
-machine does meets all of them. Weights are random, and networks of random weights make ODEs that
-are stiffer than any trained one's, so the output is the exact one for Gaussian data plus a little
-of the network's.
+The contenders have the same weights, images and probes. What is integrated is the exact output
+for Gaussian data plus a little of the network's (`contenders.Blend`). EDM has no likelihood.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import statistics
 import types
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +22,11 @@ import torch
 import likelihood
 import ode
 import sde_lib
-from benchmarks import train
-from benchmarks.peers import PEERS
+from benchmarks import contenders, harness
+from benchmarks.contenders import Blend, inverse_scaler
+from benchmarks.peers import ScoreSDE
 from likelihood_bits import bits_per_dim
-from losses_step import autocast
+from losses_step import autocast, float32_precision
 
 Evaluate = Callable[[float], torch.Tensor]
 
@@ -38,8 +35,8 @@ class Ours:
     """This library's likelihood of a configuration, by one solver."""
 
     def __init__(self, model, config, args, method: str, dtype: str = "fp32"):
-        self.model, self.dtype = model, dtype
-        self.device, self.scaler = config.device, _inverse_scaler(config)
+        self.model, self.precision = model, dtype
+        self.device, self.scaler = config.device, inverse_scaler(config)
         tolerances = {"rtol": args.rtol, "atol": args.rtol, "eps": args.eps, "method": method}
         self.fn = likelihood.get_ode_likelihood_fn(sde_lib.get_sde(config), **tolerances)
 
@@ -56,22 +53,26 @@ class Ours:
 
         def evaluate(t: float) -> torch.Tensor:
             vec_t = torch.full((len(batch),), t, dtype=torch.float64, device=batch.device)
-            with torch.no_grad(), autocast(self.dtype, batch.device):
+            precise = float32_precision(self.precision, batch.device)
+            with torch.no_grad(), precise, autocast(self.precision, batch.device):
                 return caught["fn"](vec_t, caught["state"], *caught["args"])[0]
 
         return evaluate
 
     def bits(self, batch: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
         """Bits/dim of a batch, and the evaluations of each image."""
-        found = self.fn(self.model, batch)
+        with float32_precision(self.precision, batch.device):
+            found = self.fn(self.model, batch)
         return bits_per_dim(found.logp, batch[0].numel(), self.scaler), found.nfe.tolist()
 
 
 class Theirs:
     """score_sde_pytorch's likelihood, by SciPy's RK45 on the host."""
 
-    def __init__(self, peer, model, config, args):
-        self.peer, self.model, self.scaler = peer, model, _inverse_scaler(config)
+    precision = "fp32"
+
+    def __init__(self, peer: ScoreSDE, model, config, args):
+        self.peer, self.model, self.scaler = peer, model, inverse_scaler(config)
         options = {"rtol": args.rtol, "atol": args.rtol, "eps": args.eps}
         self.fn = peer.likelihood.get_likelihood_fn(peer.sde, self.scaler, **options)
 
@@ -114,178 +115,130 @@ def _replaced(module, name: str, value):
         setattr(module, name, kept)
 
 
-def _inverse_scaler(config) -> Callable:
-    return (lambda x: (x + 1.0) / 2.0) if config.data.centered else (lambda x: x)
-
-
 # --- measuring --------------------------------------------------------------------------------
 
-
-class _Step:
-    """What `train.timed` times: an evaluation at t."""
-
-    def __init__(self, evaluate: Evaluate, t: float):
-        self.evaluate, self.t = evaluate, t
-
-    def step(self, batch: torch.Tensor) -> None:
-        self.evaluate(self.t)
+#: The time of the evaluation that is measured; it costs the same at every other.
+TIME = 0.5
 
 
-def time_evaluations(contenders: dict[str, Any], batch: torch.Tensor, args) -> dict[str, Any]:
-    """Seconds of an evaluation of every contender in turn; drifts must agree before."""
-    evaluations = {}
-    for name, contender in contenders.items():
+def drifts(made: dict[str, Any], batch: torch.Tensor) -> tuple[dict[str, Evaluate], dict]:
+    """An evaluation of each contender, and how far its drift is from the first's.
+
+    Raises: SystemExit where two in float32 do not agree.
+    """
+    evaluations, agreement, truth = {}, {}, None
+    for name, contender in made.items():
         torch.manual_seed(0)
         evaluations[name] = contender.evaluation(batch)
-    t, first = 0.5, next(iter(contenders))
-    truth = evaluations[first](t).cpu().double()
-    agreement = {}
-    for name in evaluations:
-        error = (evaluations[name](t).cpu().double() - truth).abs().max() / truth.abs().max()
-        agreement[name] = error.item()
-        if error > 1e-4 and "bf16" not in name:
-            raise SystemExit(f"drifts of {name} and {first} differ by {error:.1e} > 1e-4")
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(args.warmup + args.evaluations):
-        for name, evaluate in evaluations.items():
-            spent = train.timed(_Step(evaluate, t), batch)
-            if turn >= args.warmup:
-                seconds[name].append(spent)
-    return {
-        name: {"seconds": seconds[name], "agreement": agreement[name], "batch": len(batch)}
-        for name in contenders
-    }
+        with float32_precision("fp32", batch.device):
+            drift = evaluations[name](TIME).cpu().double()
+        truth = drift if truth is None else truth
+        agreement[name] = error = contenders.difference([drift], [truth])
+        if contender.precision == "fp32" and not error <= contenders.TOLERANCE:
+            raise SystemExit(
+                f"the drift of {name} is {error:.1e} > {contenders.TOLERANCE:.0e} from the "
+                "first's; timing them would compare different work"
+            )
+    return evaluations, agreement
 
 
-def time_bits(contenders: dict[str, Any], batches: list[torch.Tensor]) -> dict[str, Any]:
+def time_bits(made: dict[str, Any], batches: Sequence[torch.Tensor]) -> dict[str, Any]:
     """Bits/dim of all batches by every contender, batch by batch in turn."""
-    found: dict[str, Any] = {name: {"seconds": 0.0, "nfe": [], "bits": []} for name in contenders}
+    found: dict[str, Any] = {n: {"seconds": 0.0, "nfe": [], "bits": []} for n in made}
     for i, batch in enumerate(batches):
-        for name, contender in contenders.items():
+        for name, contender in made.items():
             kept: list[Any] = []
 
-            def step(batch, contender=contender, kept=kept, i=i):
+            def step(contender=contender, kept=kept, i=i, batch=batch):
                 torch.manual_seed(i)
                 kept.extend(contender.bits(batch))
 
-            found[name]["seconds"] += train.timed(types.SimpleNamespace(step=step), batch)
+            found[name]["seconds"] += harness.seconds(step, batch.device)
             bits, nfe = kept
             found[name]["bits"] += bits.tolist()
             found[name]["nfe"] += nfe
     first = next(iter(found.values()))["bits"]
-    for row in found.values():
-        pairs = zip(row["bits"], first, strict=True)
-        row["disagreement"] = max(abs(a - b) for a, b in pairs)
-    return found
+    rows = {}
+    for name, row in found.items():
+        apart = max(abs(a - b) for a, b in zip(row["bits"], first, strict=True))
+        rows[name] = {
+            "seconds": [row["seconds"]],
+            "images": len(row["bits"]),
+            "nfe": row["nfe"],
+            "bits": row["bits"],
+            "disagreement": apart,
+            "shown": {
+                "evaluations an image": f"{statistics.mean(row['nfe']):.1f}",
+                "at most": max(row["nfe"]),
+                "bits/dim": f"{statistics.mean(row['bits']):.5f}",
+                "apart by": f"{apart:.1e}",
+            },
+        }
+    return rows
 
 
-def compare(args) -> dict[str, Any]:
+def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One evaluation, then bits/dim end to end, of all contenders."""
-    torch.manual_seed(0)
-    config = train.configure(args, "fp32")
-    own = train.Ours(config)
-    peers = {name: PEERS[name](folder, train.configure(args, "fp32")) for name, folder in args.peer}
+    known = {n: c for n, c in contenders.line_up(args).items() if c.comparable}
+    config = contenders.configure(args, "fp32")
+    batch = contenders.images(config)
+    report = contenders.facts(known, batch, args)
+    if any(name == "edm" for name, _ in args.peer):
+        report["notes"]["edm"] = "has no likelihood, and is left out"
     sde = sde_lib.get_sde(config)
-    for peer in peers.values():
-        own.load_from(peer.weights)
-    model = Blend(own.network, sde, args.gain)
-    contenders: dict[str, Any] = {
-        name: Theirs(p, Blend(p.model, sde, args.gain), config, args) for name, p in peers.items()
+    models = {name: Blend(c.network, sde, args.gain) for name, c in known.items()}
+    peers = {
+        name: Theirs(c, models[name], config, args)
+        for name, c in known.items()
+        if isinstance(c, ScoreSDE)
     }
-    single = contenders | {
-        f"ours {dtype}": Ours(model, config, args, "dopri5", dtype) for dtype in args.dtype
+    plain = next(models[name] for name in contenders.ours(known))
+    single = peers | {
+        name: Ours(models[name], config, args, "dopri5", c.precision)
+        for name, c in contenders.ours(known).items()
     }
-    whole = contenders | {
-        f"ours {method}": Ours(model, config, args, method) for method in args.method
+    evaluations, report["drift"] = drifts(single, batch)
+    flops = contenders.work_flops(known, report["flops_forward"], 2 * len(batch))
+    title = "an evaluation: drift and divergence"
+    report["measurements"] = {
+        title: harness.measurement(
+            {name: lambda e=e: e(TIME) for name, e in evaluations.items()},
+            len(batch),
+            args,
+            held={name: known[name].weights_held for name in evaluations},
+            work_flops=flops,
+            precisions={name: known[name].precision for name in evaluations},
+        )
     }
-    n = config.training.batch_size
-    images = train.images(config, range(n))
-    report = {"batch": n, "evaluation": time_evaluations(single, images, args)}
+    for name, error in report["drift"].items():
+        report["measurements"][title][name]["shown"] = {"drift apart by": f"{error:.1e}"}
     if args.images:
-        config.training.batch_size = args.images
-        report["bits"] = time_bits(whole, list(train.images(config, range(args.images)).split(n)))
+        whole = peers | {f"ours {m}": Ours(plain, config, args, m) for m in args.method}
+        with config.unlocked():
+            config.training.batch_size = args.images
+        batches = contenders.images(config).split(len(batch))
+        report["measurements"]["bits/dim, end to end"] = time_bits(whole, batches)
     return report
-
-
-class Blend(torch.nn.Module):
-    """The exact output for data N(0, 0.5²) plus `gain` times a network's, in score_sde's
-    conventions: the score with labels σ for VE, noise with labels 999·t for VP."""
-
-    def __init__(self, net: torch.nn.Module, sde, gain: float):
-        super().__init__()
-        self.net, self.sde, self.gain = net, sde, gain
-
-    def forward(self, x, labels):
-        if isinstance(self.sde, sde_lib.VESDE):
-            own = -1 / (0.25 + labels**2)
-        else:
-            alpha, sigma = sde_lib.alpha_sigma(self.sde, labels / 999)
-            own = sigma / (0.25 * alpha**2 + sigma**2)
-        return sde_lib.expand(own, x) * x + self.gain * self.net(x, labels)
 
 
 # --- the command line -------------------------------------------------------------------------
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report as a person reads it."""
-    around = report["surroundings"]
-    lines = [
-        f"{around['model']} {around['size']}, {around['device']}, {around['threads']} threads, "
-        f"torch {around['torch']}, load {around['load_average']}",
-        "allocator: " + ", ".join(f"{k}={v}" for k, v in around["allocator"].items()),
-        f"one evaluation of {report['batch']} images:",
-    ]
-    rows = report["evaluation"]
-    first = statistics.median(next(iter(rows.values()))["seconds"])
-    for name, row in rows.items():
-        median = statistics.median(row["seconds"])
-        lines.append(
-            f"{name:>20}: {1e3 * median:9.1f} ms, {first / median:5.2f} × the first; "
-            f"drift within {row['agreement']:.1e}"
-        )
-    rows = report.get("bits", {})
-    for i, (name, row) in enumerate(rows.items()):
-        if not i:
-            first = row["seconds"]
-            lines.append(f"bits/dim of {len(row['bits'])} images, end to end:")
-        lines.append(
-            f"{name:>20}: {row['seconds']:9.2f} s, {first / row['seconds']:5.2f} × the first; "
-            f"{statistics.mean(row['nfe']):.1f} evaluations an image ({max(row['nfe'])} at most); "
-            f"{statistics.mean(row['bits']):.5f} bits/dim, within {row['disagreement']:.1e}"
-        )
-    return "\n".join(lines)
-
-
-def parse(given: list[str] | None):
-    parser = argparse.ArgumentParser("benchmarks.likelihood", description=__doc__)
+def parse(given: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = harness.parser("likelihood", __doc__)
+    contenders.add_options(parser)
     add = parser.add_argument
-    add("--peer", type=train._peer, action="append", default=[], help="NAME=FOLDER, of a library")
-    add("--model", choices=train.CONFIGS, default="ncsnpp")
-    add("--size", choices=train.SIZES, default="full")
-    add("--batch", type=int, default=0, help="images at once; 0 = the size's own")
     add("--images", type=int, default=64, help="images end to end; 0 = only one evaluation")
-    add("--device", default="cpu")
-    add("--dtype", type=lambda s: s.split(","), default=["fp32"], help="of ours, one evaluation")
     add("--method", type=lambda s: s.split(","), default=["dopri5", "RK45"], help="of ours")
     add("--rtol", type=float, default=1e-5, help="relative and absolute tolerance")
     add("--eps", type=float, default=1e-5, help="the time of the data")
     add("--gain", type=float, default=0.01, help="how much of the network's output")
-    add("--evaluations", type=int, default=5, help="timed evaluations of each contender")
-    add("--warmup", type=int, default=1)
-    add("--set", type=train._setting, action="append", default=[], help="section.key=value")
-    add("--output", default="", help="a JSON file for the numbers")
-    return parser.parse_args(given)
+    return harness.parse(parser, given)
 
 
-def main(given: list[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark, print its table, write its JSON, and return the report."""
-    args = parse(given)
-    report = {"surroundings": train.surroundings(args), **compare(args)}
-    print(table(report))
-    if args.output:
-        Path(args.output).write_text(json.dumps(report, indent=1))
-    return report
+def main(given: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark, print its tables, write its JSON, and return the report."""
+    return harness.run("likelihood", parse(given), measure)
 
 
 if __name__ == "__main__":
