@@ -37,19 +37,11 @@ class DDPM(NCSNpp):
     whatever `embedding_type` says (the published configs say 'fourier'). With `conditional=False`
     they are ignored, but still choose the σ that divides the output where `scale_by_sigma`.
 
-    Raises:
-      ValueError: as NCSNpp; or `scale_by_sigma` with continuous training, whose labels do not
-        count noise levels.
+    Raises: ValueError as NCSNpp.
     """
 
     @classmethod
     def architecture(cls, config) -> Architecture:
         """The options of `config` as this network understands them."""
-        continuous = config.get("training", {}).get("continuous", False)
-        if config.model.get("scale_by_sigma", False) and continuous:
-            raise ValueError(
-                "ddpm with model.scale_by_sigma=True needs training.continuous=False (its labels "
-                "count the noise levels), got True; use the network 'ncsnpp'"
-            )
         arch = Architecture.from_config(config, **_OPTIONS)
         return dataclasses.replace(arch, groups=_GROUPS)

@@ -21,6 +21,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from files import write_atomically
+from files_reading import load_torch
+
 
 def sigma_rel_of(gamma: float) -> float:
     """The standard deviation of p, as a share of t: √((γ+1)/((γ+2)²(γ+3)))."""
@@ -122,21 +125,35 @@ def write(folder: Path, step: int, snapshots: Sequence[Snapshot], dtype: torch.d
         "tensors": [[v.to(dtype, copy=False) for v in s.tensors] for s in snapshots],
     }
     path = folder / f"ema_{step:09d}.pt"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: torch.save(content, file))
     return path
 
 
 def _read(path: Path) -> dict:
-    """A file of `write`; its tensors stay on the disk until they are used."""
+    """A file of `write`, checked; its tensors stay on the disk until they are used."""
+    head = load_torch(path, "cpu", mmap=True, what="snapshot")
+    if not _is_snapshot(head):
+        raise ValueError(
+            f"{path}: expected a snapshot of power-function averages (step, t, gamma, tensors), "
+            "got something else, or numbers that are not finite; remove it, or fetch it again"
+        )
+    return head
+
+
+def _is_snapshot(head) -> bool:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{path} is not a snapshot that can be read: {error}") from error
+        step, t, gamma, tensors = (head[key] for key in ("step", "t", "gamma", "tensors"))
+        return (
+            isinstance(step, int)
+            and len(t) == len(gamma) == len(tensors) > 0
+            and all(isinstance(n, int) and n >= 0 for n in t)
+            and all(isinstance(g, float) and 0 < g < math.inf for g in gamma)
+            and all(
+                v.is_floating_point() and bool(v.isfinite().all()) for part in tensors for v in part
+            )
+        )
+    except (LookupError, TypeError, AttributeError, RuntimeError):
+        return False
 
 
 def posthoc_ema(
@@ -173,7 +190,8 @@ def posthoc_ema(
 
 
 def _files(folder: Path, step: int | None) -> list[Path]:
-    by_step = {int(path.stem.removeprefix("ema_")): path for path in folder.glob("ema_*.pt")}
+    found = {path.stem.removeprefix("ema_"): path for path in folder.glob("ema_*.pt")}
+    by_step = {int(number): path for number, path in found.items() if number.isdecimal()}
     last = max(by_step, default=None) if step is None else step
     if last not in by_step:
         raise ValueError(

@@ -12,6 +12,7 @@ from . import up_or_down_sampling as resampling
 from .layers import (
     NIN,
     Dropout,
+    activated,
     attention,
     ddpm_conv1x1,
     ddpm_conv3x3,
@@ -19,6 +20,7 @@ from .layers import (
     dense,
     expand_to,
     group_norm,
+    linear_of_pixels,
 )
 
 conv1x1 = ddpm_conv1x1
@@ -85,14 +87,14 @@ class AttnBlockpp(nn.Module):
         self.skip_rescale = skip_rescale
 
     def forward(self, x):
-        pixels = self.GroupNorm_0(x).permute(0, 2, 3, 1)  # contiguous for channels_last
-        tokens = pixels.flatten(1, 2)
         qkv = (self.NIN_0, self.NIN_1, self.NIN_2)
         weight = torch.cat([layer.W for layer in qkv], dim=1)
         bias = torch.cat([layer.b for layer in qkv])
-        q, k, v = F.linear(tokens, weight.t(), bias).chunk(3, dim=-1)
-        h = F.linear(attention(q, k, v), self.NIN_3.W.t(), self.NIN_3.b)
-        return merge(x, h.unflatten(1, pixels.shape[1:3]).permute(0, 3, 1, 2), self.skip_rescale)
+        h = linear_of_pixels(self.GroupNorm_0(x), weight, bias)
+        q, k, v = h.flatten(2).transpose(1, 2).chunk(3, dim=-1)
+        h = attention(q, k, v).transpose(1, 2).unflatten(2, x.shape[2:])
+        h = linear_of_pixels(h, self.NIN_3.W, self.NIN_3.b)
+        return merge(x, h, self.skip_rescale)
 
 
 def _resampling_conv(in_ch, out_ch, fir_kernel, up=False, down=False):
@@ -212,10 +214,10 @@ class ResnetBlockDDPMpp(nn.Module):
         self.skip_rescale = skip_rescale
 
     def forward(self, x, temb=None):
-        h = self.Conv_0(self.act(self.GroupNorm_0(x)))
+        h = self.Conv_0(activated(self.GroupNorm_0, self.act, x))
         if temb is not None:
             h += expand_to(self.Dense_0(self.act(temb)), h)
-        h = self.Conv_1(self.Dropout_0(self.act(self.GroupNorm_1(h))))
+        h = self.Conv_1(self.Dropout_0(activated(self.GroupNorm_1, self.act, h)))
         if self.in_ch != self.out_ch:
             x = self.Conv_2(x) if self.conv_shortcut else self.NIN_0(x)
         return merge(x, h, self.skip_rescale)
@@ -264,10 +266,10 @@ class ResnetBlockBigGANpp(nn.Module):
         self.skip_rescale = skip_rescale
 
     def forward(self, x, temb=None):
-        h = self._first_conv(self.act(self.GroupNorm_0(x)))
+        h = self._first_conv(activated(self.GroupNorm_0, self.act, x))
         if temb is not None:
             h += expand_to(self.Dense_0(self.act(temb)), h)
-        h = self.Conv_1(self.Dropout_0(self.act(self.GroupNorm_1(h))))
+        h = self.Conv_1(self.Dropout_0(activated(self.GroupNorm_1, self.act, h)))
         return merge(self._shortcut(x), h, self.skip_rescale)
 
     def _first_conv(self, h):

@@ -7,6 +7,7 @@ from torch import nn
 
 from .layers import (
     LabelEmbedding,
+    activated,
     at_least_float32,
     dense,
     expand_to,
@@ -145,7 +146,7 @@ class Head(nn.Module):
         self.act = arch.act
 
     def forward(self, h):
-        return self.Conv_0(self.act(self.GroupNorm_0(h)))
+        return self.Conv_0(activated(self.GroupNorm_0, self.act, h))
 
 
 def _joined(block, h, skip, temb):
@@ -229,7 +230,9 @@ class NCSNpp(nn.Module):
 
     Raises:
       ValueError: on building, an option is unknown or impossible with the others; on calling,
-        the images or labels do not have the shapes above, or do not halve cleanly.
+        the images or labels do not have the shapes above, or do not halve cleanly. Impossible is
+        `scale_by_sigma` of a positional embedding with continuous training, whose labels count no
+        noise levels.
     """
 
     recompute = False
@@ -244,6 +247,14 @@ class NCSNpp(nn.Module):
         self.centered = config.data.get("centered", False)
         self.scale_by_sigma = config.model.get("scale_by_sigma", False)
         self.labels_are_sigmas = arch.embedding_type == "fourier"
+        continuous = config.get("training", {}).get("continuous", False)
+        if self.scale_by_sigma and continuous and not self.labels_are_sigmas:
+            raise ValueError(
+                f"{type(self).__name__} with model.scale_by_sigma=True and a positional embedding "
+                "of the time needs training.continuous=False (its labels count the noise levels), "
+                "got True; set model.scale_by_sigma=False, or use 'ncsnpp' with "
+                "model.embedding_type='fourier'"
+            )
         self.has_input_pyramid = arch.progressive_input != "none"
 
         self.embedding = NoiseEmbedding(arch)

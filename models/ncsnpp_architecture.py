@@ -148,9 +148,11 @@ class Architecture:
         return cls(in_ch, out_ch, with_conv=with_conv, fir=self.fir, fir_kernel=self.fir_kernel)
 
     def attention(self, ch: int) -> nn.Module:
+        """Self-attention over all pixels of `ch` channels."""
         return AttnBlockpp(ch, self.skip_rescale, self.init_scale, norm=self.norm)
 
     def norm(self, ch: int) -> nn.Module:
+        """Group normalisation of `ch` channels."""
         return group_norm(ch, self.groups)
 
 

@@ -123,6 +123,7 @@ class ConditionalNorm2d(nn.Module):
 
     @staticmethod
     def init_scale_(scale):
+        """Fill the scales γ in place."""
         nn.init.uniform_(scale)
 
     def normalise(self, x, *scales):
@@ -165,6 +166,7 @@ class ConditionalVarianceNorm2d(ConditionalNorm2d):
 
     @staticmethod
     def init_scale_(scale):
+        """Fill the scales γ in place: N(1, 0.02²)."""
         nn.init.normal_(scale, 1, 0.02)
 
     def normalise(self, x, *scales):
@@ -181,6 +183,7 @@ class ConditionalInstanceNorm2dPlus(ConditionalNorm2d):
 
     @staticmethod
     def init_scale_(scale):
+        """Fill the scales γ in place: N(1, 0.02²)."""
         nn.init.normal_(scale, 1, 0.02)
 
     def normalise(self, x, *scales):

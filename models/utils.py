@@ -12,6 +12,7 @@ import sde_lib
 from parametrization import (
     ScoreFunction,
     as_parametrization,
+    check_output,
     declared_parametrization,
     legacy_parametrization,
 )
@@ -49,7 +50,7 @@ def get_model(name: str) -> type:
         for module in _BUILTIN_MODULES:
             importlib.import_module(f"models.{module}")
     if name not in _MODELS:
-        raise ValueError(f"model {name!r} is unknown; registered: {sorted(_MODELS)}")
+        raise ValueError(f"model.name {name!r} is unknown; registered: {sorted(_MODELS)}")
     return _MODELS[name]
 
 
@@ -127,11 +128,17 @@ def get_model_fn(model, train: bool = False):
         if is_module and model.training != train:
             model.train(train)
         if dtype is None or dtype == x.dtype:
-            return model(x, labels, **conditions).to(x.dtype)
+            return _as_input(model(x, labels, **conditions), x)
         labels = labels.to(dtype) if labels.is_floating_point() else labels
-        return model(x.to(dtype), labels, **conditions).to(x.dtype)
+        return _as_input(model(x.to(dtype), labels, **conditions), x)
 
     return model_fn
+
+
+def _as_input(output, x: torch.Tensor) -> torch.Tensor:
+    """A network's output in the dtype of its input x."""
+    check_output(output)
+    return output.to(x.dtype)
 
 
 def get_score_fn(sde, model, train: bool = False, continuous: bool = False) -> ScoreFunction:

@@ -225,6 +225,9 @@ def test_few_scales_need_no_table_unless_the_output_is_scaled():
 def test_positional_labels_index_the_noise_levels_that_divide_the_output():
     torch.manual_seed(0)
     config = tiny(embedding_type="positional", scale_by_sigma=True)
+    with pytest.raises(ValueError, match=r"needs training.continuous=False .*'fourier'"):
+        NCSNpp(config)
+    config.training.continuous = False
     net = NCSNpp(config)
     x, _ = batch(config)
     labels = torch.tensor([0, 7])
@@ -238,6 +241,7 @@ def test_positional_labels_index_the_noise_levels_that_divide_the_output():
 def test_a_float32_input_gives_a_float32_output_whatever_the_labels_are():
     for embedding in ("fourier", "positional"):
         config = tiny(embedding_type=embedding, scale_by_sigma=True)
+        config.training.continuous = embedding == "fourier"
         net = NCSNpp(config)
         x, _ = batch(config)
         for dtype in (torch.int64, torch.float32, torch.float64):
