@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import warnings
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from checkpoints_import import for_state, from_list, reader
+from checkpoints_import import check_structure, for_state, from_list, reader
+from files import write_atomically
+from files_reading import load_torch
 from models.utils import unwrap
 
 VERSION = 1
@@ -51,68 +51,6 @@ def content_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _COUNTS = ("nonfinite", "nonfinite_in_a_row")
-
-
-def write_atomically(path: Path, write: Callable[[Any], Any], kept: Path | None = None) -> None:
-    """`write(file)` beside `path`, flush, and rename: the file is complete or absent.
-
-    What was at `path` moves to `kept`, if given, once the new file is complete.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    watched = None
-    try:
-        try:
-            with open(temporary, "wb") as file:
-                watched = _Watched(file)
-                write(watched)
-                file.flush()
-                os.fsync(file.fileno())
-        except Exception as error:  # torch.save, and closing, hide the reason behind one of theirs
-            reason = (watched and watched.error) or error
-            if isinstance(reason, OSError):
-                raise _unwritable(path, reason) from error
-            raise
-        if kept is not None and path.exists():
-            os.replace(path, kept)
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-class _Watched:
-    """A file that remembers the error of a write."""
-
-    def __init__(self, file):
-        self.file, self.error = file, None
-
-    def write(self, data):
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
-def _unwritable(path: Path, error: OSError) -> OSError:
-    there = "the file that was there is as it was" if path.exists() else "nothing is there"
-    return OSError(
-        error.errno, f"{path} cannot be written: {error.strerror or error}; {there}. Make room, "
-        "and start again with the same command"
-    )  # fmt: skip
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power failure, where the system can."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def restore_newest(path: str | os.PathLike, state: dict, device=None) -> Path | None:
@@ -160,7 +98,7 @@ def _adopt(path: Path, saved: dict, state: dict) -> dict:
     saved = for_state(path, saved, {**state, "model": model})
     parts = [name for name in ("ema", "optimizer") if name in state and name in saved]
     if "optimizer" in parts:
-        _check_groups(path, state["optimizer"].state_dict(), saved["optimizer"])
+        _check_optimizer(path, state["optimizer"], saved["optimizer"])
     if "optimizer" in state and "optimizer" not in saved:
         warnings.warn(f"{path} holds no optimizer; its moments start at zero", stacklevel=2)
     for name in parts:  # the average checks before it takes over, so it goes first
@@ -174,8 +112,8 @@ def _adopt(path: Path, saved: dict, state: dict) -> dict:
 def load_file(path: str | os.PathLike, device=None) -> dict[str, Any]:
     """The content of a checkpoint of any known format, under its own names: 'model', 'step', and
     'optimizer' and 'ema' where it has them; tensors and plain containers only."""
-    read = reader(Path(path)) or (lambda path: _torch_load(path, device))
-    saved = read(Path(path))
+    read = reader(Path(path))
+    saved = read(Path(path)) if read is not None else load_torch(path, device)
     if isinstance(saved, list):
         saved = from_list(path, saved)
     if not isinstance(saved, dict) or not {"model", "step"} <= saved.keys():
@@ -185,53 +123,47 @@ def load_file(path: str | os.PathLike, device=None) -> dict[str, Any]:
         if not isinstance(saved.get(name, {}), dict):
             kind = type(saved[name]).__name__
             raise ValueError(f"{path}: expected {name!r} to be a state dict, got {kind}")
+    if read is None:
+        saved.pop("layout", None)  # for the readers of other formats to say
+    if isinstance(version := saved.get("version"), int) and version > VERSION:
+        raise ValueError(
+            f"{path}: expected a checkpoint of version {VERSION} at most, got {version}; a newer "
+            "score-sde wrote it: update this one"
+        )
+    check_structure(path, saved)
     for group in saved.get("optimizer", {}).get("param_groups", ()):
         group.update({k: v.item() for k, v in group.items() if isinstance(v, np.generic)})
     return saved
 
 
-def _torch_load(path, device) -> Any:
-    try:
-        _check_bytes(path)
-        with torch.serialization.safe_globals(_numpy_scalars()):
-            return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:  # damaged bytes fail in a dozen ways
-        raise ValueError(
-            f"{path} is not a checkpoint that can be read (truncated, damaged, or of another "
-            f"kind): {str(error) or type(error).__name__}"
-        ) from error
-
-
-def _check_bytes(path) -> None:
-    """Compare the CRC-32 that torch.save wrote with every tensor, which torch.load does not; and
-    what it believes without one: the sizes, and that an entry is no folder."""
-    if not zipfile.is_zipfile(path):
-        return  # of an old torch.save, or another format
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        if not any(entry.CRC for entry in entries):
-            return  # saved under torch.serialization.set_crc32_options(False)
-        damaged = [
-            entry.filename
-            for entry in entries
-            if entry.file_size != entry.compress_size or entry.external_attr & 0x10
-        ] or list(filter(None, [archive.testzip()]))
-    if damaged:
-        raise ValueError(f"the checksum of {damaged[0]} does not fit its bytes")
-
-
-def _numpy_scalars() -> list:
-    """What a NumPy float64 is pickled by, under NumPy 1 and 2: score_sde_pytorch saves its
-    learning rate as one."""
-    scalar: Any = np.float64(0).__reduce__()[0]
-    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [np.dtype, type(np.dtype(np.float64)), *((scalar, name) for name in names)]
-
-
-def _check_groups(path, expected: Mapping, got: Mapping) -> None:
-    sizes = [[len(g["params"]) for g in d.get("param_groups", ())] for d in (expected, got)]
+def _check_optimizer(path, optimizer: Any, got: Mapping) -> None:
+    """Refuse what torch's load_state_dict takes and its step falls over."""
+    expected, state = optimizer.state_dict(), got.get("state")
+    groups = [d.get("param_groups", ()) for d in (expected, got)]
+    sizes = [[len(group["params"]) for group in part] for part in groups]
     if sizes[0] != sizes[1]:
         raise ValueError(
             f"{path}: expected an optimizer of parameter groups of {sizes[0]} parameters, "
             f"got {sizes[1]}"
         )
+    needed = [name for name in ("lr", "betas", "eps", "weight_decay") if name in groups[0][0]]
+    adam = isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW)
+    moments = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
+    if any(group.get("amsgrad") for group in groups[1]):
+        moments |= {"max_exp_avg_sq"}
+    if (
+        not isinstance(state, Mapping)
+        or not all(name in group for group in groups[1] for name in needed)
+        or not all(moments <= m.keys() and _is_step(m.get("step", 0)) for m in state.values() if m)
+    ):
+        raise ValueError(
+            f"{path}: expected an optimizer's state with {', '.join([*needed, *sorted(moments)])}, "
+            "got one without some of them; the file is damaged: use a copy that is whole"
+        )
+
+
+def _is_step(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and 0 <= float(value) < float("inf")
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return False

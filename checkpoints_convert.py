@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,8 @@ from checkpoints import load_file
 from checkpoints_export import FORMATS, export_content
 from checkpoints_import import for_network, layout_of, reader
 from configs.validation import complete
+from files import remove_unfinished
+from files_reading import read_json
 from models.ema import posthoc_ema
 from models.utils import create_model
 
@@ -44,6 +45,7 @@ def convert(
     Raises: ValueError where something is missing or does not fit; nothing is written then.
     """
     source, target = _checked_paths(input, output, format)
+    remove_unfinished(target.parent, target.name, target.with_suffix(".json").name)
     config = complete(_config_for(source, config))
     config.device = torch.device("cpu")
     network = create_model(config)
@@ -80,10 +82,8 @@ def _checked_paths(input, output, format: str) -> tuple[Path, Path]:
     source, target = Path(input), Path(output)
     if not source.exists():
         raise FileNotFoundError(f"--input: expected a checkpoint, got {source}, which is not there")
-    beside = [target.with_suffix(".json")] if format == "safetensors" else []
-    for path in (target, *beside):
-        if path.exists():
-            raise ValueError(f"--output: {path} is there already; remove it, or name another")
+    if target.exists():
+        raise ValueError(f"--output: {target} is there already; remove it, or name another")
     return source, target
 
 
@@ -92,7 +92,7 @@ def _config_for(source: Path, config: Any) -> Any:
         return config
     beside = source.with_suffix(".json")
     if source.is_file() and beside.exists():
-        return json.loads(beside.read_text())
+        return read_json(beside, "the configuration of a network")
     raise ValueError(
         f"convert: expected --config, which says what network {source} holds, got none; "
         "give the configuration it was trained with"

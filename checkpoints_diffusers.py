@@ -7,6 +7,8 @@ so most other configurations cannot be written; `unet_config` names the option.
 
 from __future__ import annotations
 
+import errno
+import inspect
 import json
 import math
 import os
@@ -19,6 +21,8 @@ from typing import Any
 import torch
 
 from checkpoints_names import check_weights, is_network
+from files import unwritable
+from files_reading import load_safetensors, load_torch, read_json, tensors_hash
 
 HINT = "diffusers is not installed; pip install 'score-sde[diffusers]'"
 
@@ -177,20 +181,53 @@ def _diffusers(path: Path) -> Any:
     return diffusers
 
 
+#: Names in folders of before diffusers 0.15 -> today's.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
 def read(path: Path) -> dict[str, Any]:
-    """The weights of a folder that diffusers saved, a pipeline's or a UNet's, in its names."""
+    """The weights of a folder that diffusers saved, a pipeline's or a UNet's, in its names.
+
+    Nothing is built from its description, which could ask for any amount of memory.
+
+    Raises: ValueError where a file of it is missing or damaged.
+    """
     diffusers = _diffusers(path)
     folder = path / "unet" if (path / "unet").is_dir() else path
-    try:
-        unet = diffusers.UNet2DModel.from_pretrained(
-            str(folder), local_files_only=True, low_cpu_mem_usage=False
+    described, notes = folder / "config.json", path / "score_sde.json"
+    if not described.is_file():
+        raise ValueError(f"{path}: expected {described}, which describes a UNet2DModel, got none")
+    known = inspect.signature(diffusers.UNet2DModel.__init__).parameters.values()
+    unet = {p.name: p.default for p in known} | read_json(described, "a UNet2DModel's options")
+    file, weights = _weights(path, folder)
+    model = {
+        re.sub(
+            r"(attentions\.\d+)\.(query|key|value|proj_attn)\.",
+            lambda found: f"{found[1]}.{_OLD_NAMES[found[2]]}.",
+            key,
+        ): value
+        for key, value in weights.items()
+    }
+    about = read_json(notes, "notes of score-sde") if notes.exists() else {}
+    if "sha256" in about and about["sha256"] != tensors_hash(model):
+        raise ValueError(
+            f"{path} is not a checkpoint that can be read: the tensors of {file.name} do not have "
+            f"the SHA-256 in {notes.name}; one was damaged: use a copy that is whole"
         )
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: diffusers cannot load it as a UNet2DModel: {error}") from error
-    notes = path / "score_sde.json"
-    step = json.loads(notes.read_text()).get("step", 0) if notes.exists() else 0
-    model = {key: value.detach() for key, value in unet.state_dict().items()}
-    return {"layout": "diffusers", "model": model, "step": step, "unet": dict(unet.config)}
+    return {"layout": "diffusers", "model": model, "step": about.get("step", 0), "unet": unet}
+
+
+def _weights(path: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
+    names = [f"diffusion_pytorch_model.{kind}" for kind in ("safetensors", "bin")]
+    there = [folder / name for name in names if (folder / name).is_file()]
+    if not there:
+        raise ValueError(f"{path}: expected the weights {' or '.join(names)} in {folder}, got none")
+    if there[0].suffix == ".safetensors":
+        return there[0], load_safetensors(there[0])[0]
+    model = load_torch(there[0], "cpu", what="file of weights")
+    if not isinstance(model, dict) or not all(isinstance(v, torch.Tensor) for v in model.values()):
+        raise ValueError(f"{there[0]}: expected tensors by name, got a {type(model).__name__}")
+    return there[0], model
 
 
 def for_network(path, saved: Mapping[str, Any], network) -> dict[str, torch.Tensor]:
@@ -253,7 +290,16 @@ def write(path: Path, weights: Mapping[str, torch.Tensor], network, step: int) -
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pipeline.save_pretrained(str(temporary))
-        (temporary / "score_sde.json").write_text(json.dumps({"step": step}))
+        notes = {"step": step, "sha256": tensors_hash(unet.state_dict())}
+        (temporary / "score_sde.json").write_text(json.dumps(notes))
         os.replace(temporary, path)
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        full = re.search(r"No space left|os error 28\b", str(error))
+        if not full and not isinstance(error, OSError):
+            raise
+        reason = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error
+        size = sum(tensor.nbytes for tensor in state.values())
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise unwritable(path, reason, size=size) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

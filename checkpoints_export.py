@@ -11,9 +11,11 @@ from typing import Any
 import torch
 
 import checkpoints_diffusers
-from checkpoints import VERSION, content_of, write_atomically
-from checkpoints_import import SAFETENSORS_HINT, adam_state
+from checkpoints import VERSION, content_of
+from checkpoints_import import adam_state
 from checkpoints_names import is_network, score_sde_names
+from files import write_atomically
+from files_reading import SAFETENSORS_HINT, tensors_hash
 from models.utils import get_sigmas, unwrap
 
 FORMATS = ("native", "score_sde", "safetensors", "diffusers")
@@ -103,11 +105,18 @@ def _write_safetensors(path: Path, content: Mapping[str, Any], network) -> None:
         tensors.update({f"ema.{name}": value for name, value in shadow})
         updates = "" if ema["num_updates"] is None else str(ema["num_updates"])
         notes.update(decay=repr(float(ema["decay"])), num_updates=updates)
-    data = save({key: value.contiguous() for key, value in tensors.items()}, notes)
+    tensors = {key: value.contiguous() for key, value in tensors.items()}
+    data = save(tensors, notes | {"sha256": tensors_hash(tensors)})
+    if getattr(network, "config", None) is not None:  # first: where it is killed, nothing is there
+        _write_config(path.with_suffix(".json"), network.config)
     write_atomically(path, lambda file: file.write(data))
-    if getattr(network, "config", None) is not None:
-        text = json.dumps(plain_config(network.config), indent=1)
-        write_atomically(path.with_suffix(".json"), lambda file: file.write(text.encode()))
+
+
+def _write_config(path: Path, config) -> None:
+    content = json.dumps(plain_config(config), indent=1).encode()
+    if path.exists() and path.read_bytes() != content:
+        raise ValueError(f"--output: {path} is there already; remove it, or name another")
+    write_atomically(path, lambda file: file.write(content))
 
 
 def plain_config(config) -> dict[str, Any]:

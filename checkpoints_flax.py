@@ -32,7 +32,14 @@ def read_flax(path: Path) -> dict[str, Any]:
         )
     try:
         return _content(tree)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (
+        LookupError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+    ) as error:
         raise ValueError(
             f"{path}: expected a State of score_sde with Adam's moments, got another structure "
             f"({type(error).__name__}: {error})"
@@ -99,7 +106,8 @@ def _decode(path: Path) -> Any:
         return _joined(tree)
     except Exception as error:  # damaged bytes fail in a dozen ways
         raise ValueError(
-            f"{path} is not a checkpoint that can be read (truncated, or of another kind): {error}"
+            f"{path} is not a checkpoint that can be read (truncated, damaged, or of another "
+            f"kind): {str(error) or type(error).__name__}; use a copy that is whole"
         ) from error
 
 

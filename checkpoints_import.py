@@ -7,6 +7,7 @@ A file is read in two steps. `read` and `from_list` know formats: they give a di
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,10 +17,8 @@ import torch
 
 import checkpoints_diffusers
 from checkpoints_flax import read_flax
-from checkpoints_names import check_weights, flax_names, is_network, score_sde_names
-
-SAFETENSORS_HINT = "safetensors is not installed; pip install 'score-sde[export]'"
-
+from checkpoints_names import check_numbers, check_weights, flax_names, is_network, score_sde_names
+from files_reading import load_safetensors, tensors_hash
 
 # --- formats --------------------------------------------------------------------------------
 
@@ -44,18 +43,17 @@ def reader(path: Path) -> Callable[[Path], dict[str, Any]] | None:
 
 def read_safetensors(path: Path) -> dict[str, Any]:
     """A file of `checkpoints_export`: tensors 'model.<key>' and 'ema.<key>', step and decay."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise ValueError(f"{path}: {SAFETENSORS_HINT}") from error
-    try:
-        with safe_open(path, framework="pt") as file:
-            notes = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a checkpoint that can be read: {error}") from error
+    tensors, notes = load_safetensors(path)
+    recorded = notes.get("sha256")  # not in files of older versions
+    if recorded and recorded != tensors_hash(tensors):
+        raise ValueError(
+            f"{path} is not a checkpoint that can be read: its tensors do not have the SHA-256 "
+            "that is noted in it; the file was damaged: use a copy that is whole"
+        )
     parts = {
-        part: {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(part)}
+        part: {
+            k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(f"{part}.")
+        }
         for part in ("model", "ema")
     }
     needed = {"step", "decay", "num_updates"} if parts["ema"] else {"step"}
@@ -64,14 +62,17 @@ def read_safetensors(path: Path) -> dict[str, Any]:
             f"{path}: expected tensors named 'model.…' and the notes {sorted(needed)}, got "
             f"{sorted(tensors)[:8]} and {sorted(notes)}; give a file of --format safetensors"
         )
-    saved: dict[str, Any] = {"model": parts["model"], "step": int(notes["step"])}
-    if parts["ema"]:
-        updates = notes["num_updates"]  # empty without warm-up
-        saved["ema"] = {
-            "decay": float(notes["decay"]),
-            "num_updates": int(updates) if updates else None,
-            "shadow_params": parts["ema"],
-        }
+    try:
+        saved: dict[str, Any] = {"model": parts["model"], "step": int(notes["step"])}
+        if parts["ema"]:
+            updates = notes["num_updates"]  # empty without warm-up
+            saved["ema"] = {
+                "decay": float(notes["decay"]),
+                "num_updates": int(updates) if updates else None,
+                "shadow_params": parts["ema"],
+            }
+    except ValueError as error:
+        raise ValueError(f"{path}: its notes are damaged ({error}); use a whole copy") from error
     return saved
 
 
@@ -87,10 +88,87 @@ def from_list(path, saved: list) -> dict[str, Any]:
         )
     result: dict[str, Any] = {"model": saved[0], "optimizer": saved[1], "step": 0}
     if len(saved) > 3:
-        result["step"] = int(saved[3])
+        result["step"] = saved[3]
     if len(saved) > 4:
         result["ema"] = {"decay": None, "num_updates": None, "shadow_params": saved[4]}
     return result
+
+
+# --- structure ------------------------------------------------------------------------------
+
+
+def check_structure(path, saved: Mapping[str, Any]) -> None:
+    """Raise ValueError unless the parts of a checkpoint are what their names say.
+
+    An average without 'shadow_params', and an optimizer without 'param_groups', are of one's own.
+    """
+    step, model = saved["step"], saved["model"]
+    optimizer, ema = saved.get("optimizer", {}), saved.get("ema", {})
+    averages = [ema, *_values(ema.get("rates", {})), *_values(ema.get("profiles", {}))]
+    groups = optimizer.get("param_groups", [])
+    groups = groups if isinstance(groups, list) else [groups]
+    wrong = [
+        what
+        for what, right in (
+            ("'step', a count", _is_count(step)),
+            ("'model', tensors by name", all(_is_weight(*item) for item in model.items())),
+            ("'ema', averages", all(isinstance(a, Mapping) and _is_average(a) for a in averages)),
+            ("'optimizer', groups of parameters", all(_is_group(group) for group in groups)),
+            (
+                "'optimizer', moments by number",
+                all(isinstance(m, Mapping) for m in _values(optimizer.get("state", {}))),
+            ),
+        )
+        if not right
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: expected {', and '.join(wrong)}, got something else; the file is damaged, or "
+            "of another kind: use a copy that is whole"
+        )
+
+
+def _values(tree: Any) -> list[Any]:
+    """What is in a mapping; of anything else itself, which is none of what belongs there."""
+    return list(tree.values()) if isinstance(tree, Mapping) else [tree]
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        return not isinstance(value, str) and value == int(value) >= 0
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False
+
+
+def _is_weight(key: Any, value: Any) -> bool:
+    return isinstance(key, str) and (
+        isinstance(value, torch.Tensor) or key.endswith("_extra_state")
+    )
+
+
+def _is_average(average: Mapping[str, Any]) -> bool:
+    if "shadow_params" not in average:
+        return True
+    shadow, decay = average["shadow_params"], average.get("decay", "")
+    values = shadow.values() if isinstance(shadow, Mapping) else shadow
+    return (
+        isinstance(shadow, Mapping | list | tuple)
+        and all(isinstance(value, torch.Tensor) for value in values)
+        and (decay is None or (isinstance(decay, float | int) and 0 <= decay <= 1))
+        and (average.get("num_updates", "") is None or _is_count(average.get("num_updates", "")))
+    )
+
+
+def _is_group(group: Any) -> bool:
+    """A group of parameters; its numbers, where it has them, are finite."""
+    if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        return False
+    numbers = [group.get(key, 0.0) for key in ("lr", "eps", "weight_decay")]
+    try:
+        betas = list(group.get("betas", (0.9, 0.999)))
+        return len(betas) == 2 and all(math.isfinite(x) for x in [*numbers, *betas])
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
 # --- networks -------------------------------------------------------------------------------
@@ -121,6 +199,7 @@ def for_network(path, saved: Mapping[str, Any], network: torch.nn.Module) -> dic
             model = _from_score_sde(path, model, network)
         result["model"] = _without_known_tables(model, network)
     check_weights(path, network.state_dict(), result["model"])
+    check_numbers(path, dict(network.named_parameters()), result["model"])
     if "ema" in result:
         result["ema"] = _average(path, result["ema"], network)
     if "optimizer" in result:
@@ -137,7 +216,13 @@ def for_state(path, saved: Mapping[str, Any], state: Mapping[str, Any]) -> dict[
     network = state["model"]
     result = for_network(path, saved, network)
     average: Any = state.get("ema")
-    if "ema" not in result and hasattr(average, "shadow_params"):
+    ours = hasattr(average, "shadow_params")
+    if ours and "ema" in result and "shadow_params" not in result["ema"]:
+        raise ValueError(
+            f"{path}: expected an average with 'shadow_params', got "
+            f"{sorted(map(str, result['ema']))}; the file is damaged, or its average another kind"
+        )
+    if ours and "ema" not in result:
         result["ema"] = average.state_dict() | {"shadow_params": _trained(network, result["model"])}
     groups = result.get("optimizer", {}).get("param_groups", ())
     if result["model"].keys() != saved["model"].keys() and "optimizer" in state:
@@ -155,7 +240,9 @@ def _bare(key: str) -> str:
 
 def _from_score_sde(path, model: Mapping, network) -> dict[str, torch.Tensor]:
     names, own = score_sde_names(network), network.state_dict()
-    check_weights(path, {theirs: own[ours] for ours, theirs in names.items()}, model)
+    expected = {theirs: own[ours] for ours, theirs in names.items()}
+    check_weights(path, expected, model)
+    check_numbers(path, expected, model)
     # The table of noise levels has float64 there.
     return {ours: model[theirs].to(own[ours].dtype) for ours, theirs in names.items()}
 
@@ -168,6 +255,7 @@ def _without_known_tables(model: Mapping, network) -> dict[str, torch.Tensor]:
         key: value
         for key, value in model.items()
         if key not in tables
+        or not value.is_floating_point()
         or value.shape != tables[key].shape
         or not torch.allclose(value.to(tables[key]), tables[key])
     }
@@ -178,32 +266,57 @@ def _trained(network, model: Mapping) -> list[torch.Tensor]:
 
 
 def _average(path, average: Mapping, network) -> dict[str, Any]:
-    shadow = average.get("shadow_params")
-    if shadow is None:  # an average of one's own
+    if "shadow_params" not in average:  # an average of one's own
         return dict(average)
-    if isinstance(shadow, Mapping):
-        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
-        shadow = {_bare(name): value for name, value in shadow.items()}
-        check_weights(f"the average of {path}", trained, shadow)
-        shadow = [shadow[name] for name in trained]
-    result = {**average, "shadow_params": list(shadow)}
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    for others in (average.get("rates", {}), average.get("profiles", {})):
+        for other in others.values():
+            _shadow(path, other.get("shadow_params", ()), trained)
+    result = {**average, "shadow_params": _shadow(path, average["shadow_params"], trained)}
     if result.get("decay", 0) is None:
         result["decay"] = _option(network, "model", "ema_rate", 0.999)
     return result
 
 
+def _shadow(path, shadow: Any, trained: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """An average as a list in the order of the trained parameters, checked against them."""
+    title = f"the average of {path}"
+    if isinstance(shadow, Mapping):
+        named = {_bare(name): value for name, value in shadow.items()}
+    elif len(shadow) == len(trained):
+        named = dict(zip(trained, shadow, strict=True))
+    else:
+        raise ValueError(
+            f"{title} belongs to another network or configuration; expected {len(trained)} "
+            f"parameters, got {len(shadow)}"
+        )
+    check_weights(title, trained, named)
+    check_numbers(title, trained, named)
+    return [named[name] for name in trained]
+
+
+#: The moments that torch's optimizers keep, each of the shape of its parameter.
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
+
+
 def _check_moments(path, optimizer: Mapping, network) -> None:
     """Moments stand by number; refuse those that cannot be this network's parameters'."""
-    params = list(network.parameters())
+    params = list(network.named_parameters())
     for number, moments in optimizer.get("state", {}).items():
-        shape = getattr(moments.get("exp_avg"), "shape", None)
-        if shape is None or not isinstance(number, int) or number >= len(params):
+        if not isinstance(number, int) or not 0 <= number < len(params):
             continue  # an optimizer of one's own; its number of parameters is checked later
-        if shape != params[number].shape:
-            raise ValueError(
-                f"{path}: expected moments of shape {tuple(params[number].shape)} for parameter "
-                f"{number} in the optimizer, got {tuple(shape)}; it belongs to another network"
-            )
+        name, p = params[number]
+        for kind in _MOMENTS:
+            moment = moments.get(kind)
+            if kind not in moments or (moment is None and kind == "momentum_buffer"):  # of SGD
+                continue
+            if not isinstance(moment, torch.Tensor) or moment.shape != p.shape:
+                got = tuple(getattr(moment, "shape", ())) or type(moment).__name__
+                raise ValueError(
+                    f"{path}: expected moments of shape {tuple(p.shape)} for parameter {number} in "
+                    f"the optimizer, got {got}; it belongs to another network"
+                )
+            check_numbers(f"the optimizer of {path}", {name: p}, {name: moment})
 
 
 def _option(network, section: str, key: str, default):

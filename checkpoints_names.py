@@ -151,3 +151,24 @@ def check_weights(path, expected: Mapping, got: Mapping[str, torch.Tensor]) -> N
             if keys
         ]
         raise ValueError(f"{path} belongs to another network or configuration; {'; '.join(parts)}")
+
+
+def check_numbers(path, expected: Mapping, got: Mapping[str, torch.Tensor]) -> None:
+    """Raise ValueError where weights are not floating-point numbers, or not finite."""
+    wrong = [
+        key
+        for key, value in expected.items()
+        if value.is_floating_point() and not _is_finite(got[key])
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path}: expected finite numbers, got {len(wrong)} tensors with NaN, infinite or "
+            f"other values: {', '.join(wrong[:8])}{', …' if len(wrong) > 8 else ''}; the training "
+            "had diverged, or the file is damaged: use an earlier checkpoint"
+        )
+
+
+def _is_finite(value: torch.Tensor) -> bool:
+    if not value.is_floating_point() or value.layout != torch.strided:
+        return False
+    return bool((value if value.itemsize > 1 else value.float()).isfinite().all())

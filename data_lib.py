@@ -303,14 +303,18 @@ def _torchvision(data) -> tuple[ImageSet, ImageSet]:
         which = {"split": split} if name == "SVHN" else {"train": split == "train"}
         try:
             source = getattr(torchvision.datasets, name)(root, download=data.download, **which)
-        except (OSError, RuntimeError) as error:
-            raise _missing(name, root / _TORCHVISION_FILES[name], str(error)) from error
+        except Exception as error:  # readers of damaged files raise nearly anything
+            reason = str(error) or type(error).__name__
+            raise _missing(name, root / _TORCHVISION_FILES[name], reason) from error
         images = torch.as_tensor(source.data)
         if images.ndim == 3:
             images = images.unsqueeze(1)
         elif name == "CIFAR10":
             images = images.permute(0, 3, 1, 2)
         labels = torch.as_tensor(source.labels if name == "SVHN" else source.targets)
+        if len(labels) != len(images):
+            reason = f"{len(images)} images and {len(labels)} labels"
+            raise _missing(name, root / _TORCHVISION_FILES[name], reason)
         return _in_memory(f"{name}/{split}", images, labels.long(), data)
 
     return part("train"), part("test")
@@ -408,7 +412,13 @@ def _celeba(data) -> tuple[ImageSet, ImageSet]:
         if not path.exists():
             raise _missing("CELEBA", path)
     files = list_images(folder)
-    part_of = dict(line.split()[:2] for line in partition.read_text().splitlines() if line)
+    lines = partition.read_text(errors="replace").splitlines()
+    part_of = dict(line.split()[:2] for line in lines if len(line.split()) > 1)
+    if not {"0", "1"} <= {part_of.get(name) for name in files.names}:
+        raise ValueError(
+            f"{partition}: expected images of {folder} in the parts 0 and 1, got none in one of "
+            "them; the file is damaged, or of other images: fetch it again"
+        )
     train, held_out = (
         files.select(np.array([part_of.get(name) == part for name in files.names]))
         for part in ("0", "1")
@@ -421,6 +431,8 @@ def _celeba(data) -> tuple[ImageSet, ImageSet]:
 def _from_files(name: str, files: ImageFiles, data, crop: int = 0) -> ImageSet:
     """Decode the files now where they fit into ``data.memory_gib``, else when they are taken."""
     files = files.with_shape((data.num_channels, data.image_size, data.image_size), crop)
+    if data.get("skip_corrupt", False):
+        files = files.without_damaged()
     labels = None if files.labels is None else torch.from_numpy(files.labels.astype(np.int64))
     if len(files) * math.prod(files.shape) > data.memory_gib * 2**30:
         files.read([0])  # one that cannot be read had better say so now

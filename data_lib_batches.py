@@ -4,8 +4,8 @@ The order is a function of the seed and the step alone, so neither the number of
 train, nor who decodes, nor where a run starts changes what a step sees. An epoch is one
 materialised permutation of the set: at its border, and when a run starts, ten million images cost
 about a second and 80 MB. Images in memory need no decoding. Others are decoded ahead of time: by
-worker processes (torch's DataLoader), which small files gain from most, since threads spend their
-time on the interpreter's lock; or with no worker by threads of this process.
+worker processes, which small files gain from most, since threads spend their time on the
+interpreter's lock; or with no worker by threads of this process.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 if TYPE_CHECKING:
     from data_lib import ImageSet
@@ -167,23 +168,6 @@ def _by_threads(
             yield images
 
 
-class _Decoder(Dataset):
-    """What runs in a worker: the images at some places, or why there are none."""
-
-    def __init__(self, files: ImageFiles):
-        self.files = files
-
-    def __getitems__(self, places: np.ndarray) -> torch.Tensor | ValueError:
-        try:
-            return self.files.read(places, threads=1)
-        except ValueError as error:
-            return ValueError(str(error))  # a raised one would arrive wrapped in tracebacks
-
-
-def _as_it_is(batch):
-    return batch
-
-
 @contextlib.contextmanager
 def _signals_held_back():
     """Start processes that are born with SIGTERM and SIGINT held back; here both come after."""
@@ -197,19 +181,56 @@ def _signals_held_back():
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _in_worker(trainer: int, number: int) -> None:
+def _by_processes(
+    files: ImageFiles, workers: int, places: Iterator[np.ndarray]
+) -> Iterator[torch.Tensor]:
+    """Decode in worker processes, in order, each ``AHEAD`` batches ahead."""
+    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(files, os.getpid()))
+
+    def ask(count: int) -> list[Future]:
+        with _signals_held_back():  # workers may be started by any of these
+            return [pool.submit(_read, chosen) for chosen in itertools.islice(places, count)]
+
+    try:
+        ahead = deque(ask(AHEAD * workers))
+        while ahead:
+            images = ahead.popleft().result()
+            if isinstance(images, ValueError):
+                raise images
+            ahead.extend(ask(1))
+            yield torch.from_numpy(images)
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            f"expected images from {workers} processes that decode them, got: one of them was "
+            "killed; where memory is short, use fewer by --config.data.workers, or "
+            "--config.data.workers=0 for threads of this process"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker(files: ImageFiles, trainer: int) -> None:
     """Leave it to the process that trains when to end: signals to the whole group are for that.
 
     A job that is to save and go gets SIGTERM or SIGINT in all its processes, and the step that it
-    is in still needs its images. A worker ends when the process that trains says so or is no more
-    (torch's watchdog).
+    is in still needs its images. A worker ends when the process that trains says so or is no more.
     """
+    _read.files = files  # pyright: ignore[reportFunctionMemberAccess]
+    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(
+        target=_end_after, args=(multiprocessing.parent_process(),), daemon=True
+    ).start()
     if hasattr(signal, "sigwaitinfo"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_the_word_of, args=(trainer,), daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):  # macOS, where any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _end_after(trainer) -> None:
+    trainer.join()
+    os._exit(0)
 
 
 def _end_at_the_word_of(trainer: int) -> None:
@@ -218,42 +239,9 @@ def _end_at_the_word_of(trainer: int) -> None:
     os._exit(0)
 
 
-def _by_processes(
-    files: ImageFiles, workers: int, places: Iterator[np.ndarray]
-) -> Iterator[torch.Tensor]:
-    """Decode in worker processes, in order, each ``AHEAD`` batches ahead."""
-    loader = DataLoader(
-        _Decoder(files),
-        batch_sampler=places,  # pyright: ignore[reportArgumentType]  # arrays do as well as lists
-        num_workers=workers,
-        prefetch_factor=AHEAD,
-        collate_fn=_as_it_is,
-        worker_init_fn=functools.partial(_in_worker, os.getpid()),
-        generator=torch.Generator(),  # else the DataLoader draws a seed from the global one
-    )
-    with _signals_held_back():
-        batches = iter(loader)
-    # A thread takes delivery: a worker busy decoding hands over when the interpreter lets it.
-    with ThreadPoolExecutor(1) as pool:
-        delivery = pool.submit(next, batches, None)
-        while True:
-            try:
-                images = delivery.result()
-            except (RuntimeError, OSError, EOFError) as error:
-                images = _lost(error, workers)
-            if not isinstance(images, torch.Tensor):
-                break
-            delivery = pool.submit(next, batches, None)
-            yield images
-    del delivery, batches  # and so the workers, before an error that would keep them alive
-    if images is not None:
-        raise images
-
-
-def _lost(error: Exception, workers: int) -> RuntimeError:
-    # Errors of other kinds come from the socket of a worker that died handing over its images.
-    reason = error if isinstance(error, RuntimeError) else "DataLoader worker has died"
-    return RuntimeError(
-        f"expected images from {workers} processes that decode them, got: {reason}; where memory "
-        "or /dev/shm is short, use fewer, or --config.data.workers=0 for threads of this process"
-    )
+def _read(places: np.ndarray) -> np.ndarray | ValueError:
+    """In a worker: the images at some places, or why there are none."""
+    try:
+        return _read.files.read(places, threads=1).numpy()  # pyright: ignore[reportFunctionMemberAccess]
+    except (OSError, ValueError) as error:
+        return ValueError(str(error))  # a raised one would arrive wrapped in tracebacks

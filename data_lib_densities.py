@@ -84,6 +84,7 @@ class Gaussians:
             )
 
     def sample(self, n: int, seed: int) -> torch.Tensor:
+        """n points (n, 2) of p_0 in float64, always the same for a seed."""
         rng = np.random.RandomState(seed)  # its stream is frozen
         which = torch.from_numpy(rng.choice(len(self.weights), n, p=self.weights.numpy()))
         z = torch.from_numpy(rng.standard_normal((n, self.means.shape[1])))
@@ -91,12 +92,16 @@ class Gaussians:
         return self.means[which] + z
 
     def log_density(self, x, alpha=1.0, sigma=0.0):
+        """log p_t(x) in nats, (B,), in float64."""
+
         def part(x, alpha, sigma):
             return torch.logsumexp(self._terms(x, alpha, sigma)[0], dim=1)
 
         return _in_chunks(part, self.means.numel(), x, alpha, sigma)
 
     def score(self, x, alpha=1.0, sigma=0.0):
+        """∇ log p_t(x), (B, 2), in float64."""
+
         def part(x, alpha, sigma):
             log_terms, y, variances = self._terms(x, alpha, sigma)
             each = -torch.einsum("kij,nkj->nki", self.vectors.to(x.device), y / variances)
@@ -131,11 +136,14 @@ class EqualGaussians:
         self.weights = _normalized(weights, len(self.means))
 
     def sample(self, n: int, seed: int) -> torch.Tensor:
+        """n points (n, 2) of p_0 in float64, always the same for a seed."""
         rng = np.random.RandomState(seed)  # its stream is frozen
         which = torch.from_numpy(rng.choice(len(self.weights), n, p=self.weights.numpy()))
         return self.means[which] + self.std * torch.from_numpy(rng.standard_normal((n, 2)))
 
     def log_density(self, x, alpha=1.0, sigma=0.0):
+        """log p_t(x) in nats, (B,), in float64."""
+
         def part(x, alpha, sigma):
             log_terms, variance = self._terms(x, alpha, sigma)
             return torch.logsumexp(log_terms, dim=1) - torch.log(2 * math.pi * variance[:, 0])
@@ -143,6 +151,8 @@ class EqualGaussians:
         return _in_chunks(part, len(self.means), x, alpha, sigma)
 
     def score(self, x, alpha=1.0, sigma=0.0):
+        """∇ log p_t(x), (B, 2), in float64."""
+
         def part(x, alpha, sigma):
             log_terms, variance = self._terms(x, alpha, sigma)
             return (alpha * (log_terms.softmax(dim=1) @ self.means.to(x.device)) - x) / variance
@@ -186,6 +196,7 @@ class Pixels:
         )
 
     def sample(self, n: int, seed: int) -> torch.Tensor:
+        """n points (n, 2) of p_0 in float64, always the same for a seed."""
         rng = np.random.RandomState(seed)  # its stream is frozen
         which = rng.choice(self.weights.numel(), n, p=self.weights.flatten().numpy())
         row, column = (torch.from_numpy(i) for i in divmod(which, self.weights.shape[1]))
@@ -193,6 +204,8 @@ class Pixels:
         return corner + self.width * torch.from_numpy(rng.random_sample((n, 2)))
 
     def log_density(self, x, alpha=1.0, sigma=0.0):
+        """log p_t(x) in nats, (B,), in float64."""
+
         def part(x, alpha, sigma):
             (a, _, log_a), (b, _, log_b) = self._sides(x, alpha, sigma)
             return torch.log(torch.einsum("nj,ij,ni->n", a, self._w(x), b)) + log_a + log_b
@@ -200,6 +213,8 @@ class Pixels:
         return _in_chunks(part, sum(self.weights.shape), x, alpha, sigma)
 
     def score(self, x, alpha=1.0, sigma=0.0):
+        """∇ log p_t(x), (B, 2), in float64."""
+
         def part(x, alpha, sigma):
             if not (sigma > 0).all():
                 raise ValueError(

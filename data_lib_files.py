@@ -6,6 +6,8 @@ import io
 import logging
 import os
 import posixpath
+import struct
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 
 from data_lib_index import progress
-from data_lib_sources import EXTENSIONS, Folder, Source, open_source
+from data_lib_sources import EXTENSIONS, Folder, Source, open_source, printable
 
 __all__ = ["EXTENSIONS", "ImageFiles", "decode", "list_images", "split_images"]
 
@@ -24,6 +26,8 @@ EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")
 SMALL_FILE = 8192
 #: Damaged files after which no more are looked for.
 MANY_DAMAGED = 10
+#: What EXTENSIONS are; Pillow knows formats, such as PostScript, that run other programs.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
 
 log = logging.getLogger("score_sde")
 
@@ -111,33 +115,71 @@ class ImageFiles:
         Raises ValueError naming files that cannot be decoded.
         """
         indices = np.asarray(list(indices) if isinstance(indices, range) else indices, np.int64)
-        rows, failures = self.rows[indices], {}
+        rows = self.rows[indices]
         images = np.empty((len(rows), *self.shape), dtype=np.uint8)
+        failures = self._decode_all(rows, images, threads, f"decoding {self.source.path}", show)
+        if failures:
+            raise ValueError(self._damaged(rows, failures))
+        return torch.from_numpy(images)
+
+    def without_damaged(self) -> ImageFiles:
+        """Return the files that can be decoded, each of which is tried; a warning counts others.
+
+        Which these are depends on the files alone, so that every process, and every start on the
+        same files, has the same set in the same order.
+
+        Raises ValueError where none is left.
+        """
+        what = f"checking {self.source.path}"
+        failures = self._decode_all(self.rows, None, 0, what, True)
+        if len(failures) == len(self):
+            raise ValueError(self._damaged(self.rows, dict(sorted(failures.items())[:1])))
+        if not failures:
+            return self
+        names = [printable(self.source.index.names[int(self.rows[i])]) for i in sorted(failures)]
+        log.warning(
+            f"data: {len(failures)} of {len(self)} images in {self.source.path} cannot be decoded "
+            f"and are left out (data.skip_corrupt): {', '.join(names[:MANY_DAMAGED])}"
+            + (", …" if len(names) > MANY_DAMAGED else "")
+        )
+        return self.select(np.setdiff1d(np.arange(len(self)), list(failures)))
+
+    def _decode_all(
+        self, rows: np.ndarray, images: np.ndarray | None, threads: int, what: str, show: bool
+    ) -> dict[int, str]:
+        """Decode rows into ``images``, or only try to; the reasons of failures by place.
+
+        Where the images are wanted, many failures end it.
+        """
+        failures: dict[int, str] = {}
         threads = min(threads or self._threads(), max(1, len(rows)))
 
         def fill(places: range) -> None:
             for place in places:
                 try:
-                    images[place] = self._decode(int(rows[place]))
+                    image = self._decode(int(rows[place]))
+                    if images is not None:
+                        images[place] = image
                 except ValueError as error:
                     failures[place] = str(error)
-                if len(failures) > MANY_DAMAGED:
+                if images is not None and len(failures) > MANY_DAMAGED:
                     return
                 bar.update()
 
-        with progress(f"decoding {self.source.path}", len(rows), show=show) as bar:
+        with progress(what, len(rows), show=show) as bar:
             shares = [range(k, len(rows), threads) for k in range(threads)]
             if threads == 1:
                 fill(shares[0])
             else:
                 with ThreadPoolExecutor(threads) as pool:
                     list(pool.map(fill, shares))
-        if failures:
-            raise ValueError(self._damaged(rows, failures))
-        return torch.from_numpy(images)
+        return failures
 
     def _threads(self) -> int:
-        small = len(self.source.content(int(self.rows[0]))) < SMALL_FILE
+        try:
+            small = len(self.source.content(int(self.rows[0]))) < SMALL_FILE
+        except Exception:  # a damaged file; decoding it says so
+            small = True
         return 1 if small else min(8, os.cpu_count() or 1)
 
     def _decode(self, row: int) -> np.ndarray:
@@ -145,13 +187,14 @@ class ImageFiles:
             return decode(self.source.content(row), self.shape[0], self.shape[1], self.crop)
         except Exception as error:  # decoders of damaged files raise nearly anything
             raise ValueError(
-                f"{self.source.path / self.source.index.names[row]}: expected an image, got a file "
-                f"that cannot be decoded ({type(error).__name__}: {error}); replace or delete it"
+                f"{self.source.path}/{printable(self.source.index.names[row])}: expected an image, "
+                f"got a file that cannot be decoded ({type(error).__name__}: {error}); replace or "
+                "delete it, or leave out all such files with --config.data.skip_corrupt"
             ) from error
 
     def _damaged(self, rows: np.ndarray, failures: dict[int, str]) -> str:
         first, *others = sorted(failures)
-        names = ", ".join(self.source.index.names[int(rows[place])] for place in others)
+        names = ", ".join(printable(self.source.index.names[int(rows[place])]) for place in others)
         return failures[first] + (f"; likewise {names}" if others else "")
 
     def _in_folders(self, holds: Callable[[str], bool]) -> np.ndarray:
@@ -171,10 +214,14 @@ def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarra
 
     The image is turned as its EXIF tag says, laid on white where it is transparent, reduced to 8
     bits, made grey or colour, cut to its central square and resized (bicubic, antialiased).
+
+    Raises ValueError, or what Pillow raises, where it is damaged, of another kind than EXTENSIONS,
+    or of more pixels than Pillow takes (179 million).
     """
     from PIL import Image, ImageOps
 
-    with Image.open(io.BytesIO(content)) as opened:
+    _check_png(content)
+    with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
         image = ImageOps.exif_transpose(opened)
     if image.mode == "F" or image.mode.startswith("I"):
         image = Image.fromarray(_to_8_bits(np.asarray(image)))
@@ -189,6 +236,22 @@ def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarra
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     pixels = np.array(image, dtype=np.uint8)
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+
+
+def _check_png(content: bytes) -> None:
+    """Compare the checksums in a .png, as Pillow does for the chunks before the pixels only."""
+    if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+        return
+    view, place = memoryview(content), 8
+    while place + 12 <= len(view):
+        length, kind = struct.unpack(">I4s", view[place : place + 8])
+        end = place + 12 + length
+        if kind == b"IEND":
+            return
+        computed = zlib.crc32(view[place + 4 : end - 4]).to_bytes(4, "big")
+        if end > len(view) or computed != view[end - 4 : end]:
+            raise ValueError(f"wrong checksum of {kind.decode('latin-1')!r}")
+        place = end
 
 
 def _to_8_bits(pixels: np.ndarray) -> np.ndarray:

@@ -18,9 +18,7 @@ import json
 import logging
 import os
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +27,10 @@ from typing import Any
 import numpy as np
 
 import distributed
+from files import write_atomically
+from files_reading import UNREADABLE
 
-VERSION = 1
+VERSION = 2
 KEEP_FROM = 10_000
 RACY_NS = 2 * 10**9
 
@@ -141,14 +141,7 @@ def _keep(path: Path, index: Index, watched: Watched) -> None:
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(suffix=".tmp", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, allow_pickle=False, **arrays)
-            os.replace(unfinished, path)
-        except BaseException:
-            os.unlink(unfinished)
-            raise
+        write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **arrays))
     except OSError as error:
         log.info(f"data: the index of {watched.paths[0]} could not be kept at {path}: {error}")
     else:
@@ -158,7 +151,7 @@ def _keep(path: Path, index: Index, watched: Watched) -> None:
 def _load(path: Path) -> Index | None:
     """Return a kept index, or None where there is none, or it is damaged or out of date."""
     try:
-        with np.load(path) as kept:
+        with np.load(path, allow_pickle=False) as kept:
             for folder, known in zip(_unpacked(kept["watched"]), kept["stamps"], strict=True):
                 if _stamp(os.stat(folder)) != tuple(known.tolist()):
                     return None
@@ -168,7 +161,7 @@ def _load(path: Path) -> Index | None:
             prefix = "column_"
             columns = {k.removeprefix(prefix): kept[k] for k in kept.files if k.startswith(prefix)}
             return Index(names, int(kept["files"]), columns)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except UNREADABLE:
         return None
 
 
@@ -184,7 +177,8 @@ def walk(root: Path, wanted: Callable[[str], bool], watched: Watched) -> Index:
     """Return the wanted files below a folder, links followed, sorted by name.
 
     Column ``link`` says which are links themselves. A folder inside itself by way of a link is not
-    entered again; one that may not be read is left out, with a warning.
+    entered again; one that may not be read is left out, with a warning. Pipes and devices, whose
+    reading might never end, are no files.
     """
     names: list[str] = []
     links: list[bool] = []
@@ -209,6 +203,8 @@ def walk(root: Path, wanted: Callable[[str], bool], watched: Watched) -> Index:
             for entry in entries:
                 if entry.is_dir():
                     ahead.append((entry.path, f"{prefix}{entry.name}/", inside))
+                    continue
+                if not entry.is_file() and os.path.exists(entry.path):
                     continue
                 files += 1
                 if wanted(prefix + entry.name):

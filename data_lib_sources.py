@@ -1,13 +1,15 @@
 """Where image files come from: a folder, a .zip or an lmdb. Each has an index and reads file i.
 
 A source can be pickled and forked, and read by many threads: nothing in it has a position. Zips
-and lmdbs are opened once in each process.
+and lmdbs are opened once in each process. Nothing is unpacked to the disk, so names lead nowhere;
+no file is read that has, or would unpack to, more than `MOST_BYTES`.
 """
 
 from __future__ import annotations
 
 import bz2
 import os
+import stat
 import struct
 import threading
 import zipfile
@@ -17,10 +19,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_lib_index import Index, Names, Watched, indexed, progress, walk
+from data_lib_index import Index, Names, Watched, indexed, walk
+from data_lib_lmdb import read_keys
+from files_reading import UNREADABLE
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 LMDB_FILE = "data.mdb"
+#: Of one image file: more than any image has that `data_lib_files.decode` takes.
+MOST_BYTES = 2**30
 
 
 class Source:
@@ -77,7 +83,11 @@ class Folder(Source):
     """Files in a folder, at any depth, links followed."""
 
     def content(self, i: int) -> bytes:
-        with open(f"{self.path}/{self.index.names[i]}", "rb") as file:
+        path = f"{self.path}/{self.index.names[i]}"
+        about = os.stat(path)
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
+            raise ValueError(f"expected a file of at most {MOST_BYTES:,} bytes")
+        with open(path, "rb") as file:
             return file.read()
 
     def _find(self, watched: Watched) -> Index:
@@ -86,18 +96,22 @@ class Folder(Source):
 
 #: The end of a local header in a .zip: the lengths of the name and the extra field after it.
 _LOCAL_HEADER = struct.Struct("<26xHH")
+#: From the compressed bytes and a length to the content, but to no more of it than that.
 _DECOMPRESS = {
-    zipfile.ZIP_STORED: bytes,
-    zipfile.ZIP_DEFLATED: lambda data: zlib.decompress(data, -zlib.MAX_WBITS),
-    zipfile.ZIP_BZIP2: bz2.decompress,
+    zipfile.ZIP_STORED: lambda data, most: data[:most],
+    zipfile.ZIP_DEFLATED: lambda data, most: zlib.decompressobj(-zlib.MAX_WBITS).decompress(
+        data, most
+    ),
+    zipfile.ZIP_BZIP2: lambda data, most: bz2.BZ2Decompressor().decompress(data, most),
 }
 
 
 class Zip(Source):
     """Files in a .zip, stored, deflated or compressed by bzip2.
 
-    The index holds the place of each file's local header, its length there, the method and the
-    checksum, so that a start does not parse the archive's directory. (Format: PKWARE, APPNOTE.)
+    The index holds the place of each file's local header, its length there and unpacked, the method
+    and the checksum, so that a start does not parse the archive's directory. (Format: PKWARE,
+    APPNOTE.)
     """
 
     _file: BinaryIO | None = None
@@ -109,8 +123,9 @@ class Zip(Source):
         skip = _LOCAL_HEADER.size
         lengths = _LOCAL_HEADER.unpack(self._read(skip, offset))
         data = self._read(size, offset + skip + sum(lengths))
-        data = _DECOMPRESS[int(columns["method"][i])](data)
-        if zlib.crc32(data) != columns["checksum"][i]:
+        length = int(columns["length"][i])
+        data = _DECOMPRESS[int(columns["method"][i])](data, max(length, 1))
+        if len(data) != length or zlib.crc32(data) != columns["checksum"][i]:
             raise ValueError("wrong checksum")
         return data
 
@@ -134,25 +149,50 @@ class Zip(Source):
         try:
             with zipfile.ZipFile(self.path) as archive:
                 entries = [entry for entry in archive.infolist() if not entry.is_dir()]
-        except zipfile.BadZipFile as error:
+        except UNREADABLE as error:
             raise ValueError(
                 f"{self.path} is not a readable zip ({error}); make it again"
             ) from error
-        images = sorted((e for e in entries if _is_image(e.filename)), key=lambda e: e.filename)
+        images = sorted((e for e in entries if _is_packed(e)), key=lambda e: e.filename)
         for entry in images:
-            if entry.compress_type not in _DECOMPRESS or entry.flag_bits & 1:
-                raise ValueError(
-                    f"{self.path}: expected files that are stored or deflated, got "
-                    f"{entry.filename}, which is encrypted or compressed by method "
-                    f"{entry.compress_type}; zip the images again (zip -0 is quickest to read)"
-                )
+            self._check(entry)
         columns = {
             "offset": np.array([e.header_offset for e in images], np.int64),
             "size": np.array([e.compress_size for e in images], np.int64),
+            "length": np.array([e.file_size for e in images], np.int64),
             "method": np.array([e.compress_type for e in images], np.uint8),
             "checksum": np.array([e.CRC for e in images], np.uint32),
         }
         return Index(Names.of(e.filename for e in images), len(entries), columns)
+
+    def _check(self, entry: zipfile.ZipInfo) -> None:
+        name = printable(entry.filename)
+        if entry.compress_type not in _DECOMPRESS or entry.flag_bits & 1:
+            raise ValueError(
+                f"{self.path}: expected files that are stored or deflated, got {name}, which is "
+                f"encrypted or compressed by method {entry.compress_type}; zip the images again "
+                "(zip -0 is quickest to read)"
+            )
+        inside = 0 <= entry.header_offset <= self.path.stat().st_size - entry.compress_size
+        if not inside or entry.file_size > MOST_BYTES:
+            raise ValueError(
+                f"{self.path}: expected files inside the archive, of at most {MOST_BYTES:,} bytes, "
+                f"got {name}, {entry.compress_size:,} bytes that unpack to {entry.file_size:,}; "
+                "the archive is damaged, or made to fill the memory: make it again"
+            )
+
+
+def _is_packed(entry: zipfile.ZipInfo) -> bool:
+    """Whether it is an image, and no symbolic link, whose content is a path."""
+    return _is_image(entry.filename) and not stat.S_ISLNK(entry.external_attr >> 16)
+
+
+def printable(name: str) -> str:
+    """A file's name for people: what is not printable, such as a terminal's commands, as \\x1b."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode()
+        for c in name
+    )
 
 
 class Lmdb(Source):
@@ -160,24 +200,23 @@ class Lmdb(Source):
 
     def content(self, i: int) -> bytes:
         key = self.index.names[i].encode("utf-8", "surrogateescape")
-        with _environment(self.path).begin() as transaction:
+        with _environment(self.path).begin(buffers=True) as transaction:
             value = transaction.get(key)
-        if value is None:
-            raise ValueError("no such key any more")
-        return value
+            if value is None:
+                raise ValueError("no such key any more")
+            if len(value) > min(MOST_BYTES, (self.path / LMDB_FILE).stat().st_size):
+                raise ValueError(f"it claims {len(value):,} bytes")
+            return bytes(value)
 
     def _find(self, watched: Watched) -> Index:
         watched.add(self.path / LMDB_FILE)
-        environment = _environment(self.path)
-        names, total = [], environment.stat()["entries"]
-        with (
-            progress(f"reading the keys of {self.path}", total) as bar,
-            environment.begin() as all_,
-        ):
-            for key in all_.cursor().iternext(keys=True, values=False):
-                names.append(key.decode("utf-8", "surrogateescape"))
-                bar.update()
-        return Index(Names.of(names), total)
+        try:
+            names = [key.decode("utf-8", "surrogateescape") for key in read_keys(self.path)]
+        except ValueError as error:
+            raise ValueError(
+                f"{self.path} is not a readable lmdb ({error}); copy it again"
+            ) from error
+        return Index(Names.of(names), len(names))
 
 
 #: The open lmdbs and the processes that opened them: lmdb refuses to open one twice in a process.

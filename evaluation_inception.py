@@ -22,8 +22,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import distributed
+from files_reading import UNREADABLE, load_torch
 
 SIZE, DIM = 299, 2048
+#: SHA-256 of NVIDIA's inception-2015-12-05.pt. TorchScript is a program: no other one is run.
+TORCHSCRIPT_SHA256 = ("f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4",)
 #: First digits of the SHA-256 of files whose authors publish it (in the file's name).
 PUBLISHED_SHA256 = ("6726825d",)  # pytorch-fid: pt_inception-…pth; torch-fidelity: weights-…pth
 REMEDY = (
@@ -136,7 +139,9 @@ def _download(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         try:
-            Path(check_download_inception(fpath=folder)).replace(file)
+            fetched = Path(check_download_inception(fpath=folder))
+            _check_program(fetched, file_hash(fetched))
+            fetched.replace(file)
         except OSError as error:
             raise OSError(
                 f"Inception's weights could not be downloaded ({error}); {REMEDY}"
@@ -158,18 +163,29 @@ def check_hash(file: Path) -> str:
     return digest
 
 
+def _check_program(file: Path, digest: str) -> None:
+    if digest not in TORCHSCRIPT_SHA256:
+        raise ValueError(
+            f"{file}: expected NVIDIA's TorchScript of Inception, SHA-256 "
+            f"{TORCHSCRIPT_SHA256[0][:12]}…, got {digest[:12]}…, a damaged file or another "
+            f"program, which is not run; {REMEDY}"
+        )
+
+
 def _is_torchscript(file: Path) -> bool:
-    if not zipfile.is_zipfile(file):
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any("/code/" in name for name in archive.namelist())
+    except UNREADABLE:  # the old torch.save, or damaged: torch.load says so
         return False
-    with zipfile.ZipFile(file) as archive:
-        return any("/code/" in name for name in archive.namelist())
 
 
 class _Scripted(nn.Module):
     """NVIDIA's translation: `layers` from a 299 x 299 image to the pooled features, `output`."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, digest: str):
         super().__init__()
+        _check_program(file, digest)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # torch.jit is deprecated, not gone
             base = torch.jit.load(file, map_location="cpu").eval()
@@ -186,10 +202,10 @@ class _Scripted(nn.Module):
 class _Translated(nn.Module):
     """The architecture that pytorch-fid's state dictionary fits, of clean-fid's blocks."""
 
-    def __init__(self, file: Path):
+    def __init__(self, file: Path, digest: str):
         super().__init__()
+        state = load_torch(file, "cpu", what="file of Inception's weights")
         self.net = architecture()
-        state = torch.load(file, map_location="cpu", weights_only=True)
         try:
             self.net.load_state_dict(state)
         except (RuntimeError, TypeError, AttributeError) as error:
@@ -241,11 +257,15 @@ class Inception(nn.Module):
         super().__init__()
         self.convention = CONVENTIONS[convention]
         self.weights_hash = check_hash(file)
-        self.network = (_Scripted if _is_torchscript(file) else _Translated)(file)
+        self.network = (_Scripted if _is_torchscript(file) else _Translated)(
+            file, self.weights_hash
+        )
         self.requires_grad_(False)
         self.protocol = {
             "weights": file.name,
-            "weights_published": self.weights_hash.startswith(PUBLISHED_SHA256),
+            "weights_published": self.weights_hash.startswith(
+                (*PUBLISHED_SHA256, *TORCHSCRIPT_SHA256)
+            ),
             "resize": self.convention.words,
             "channels": "3; grey images repeated",
             "logits": "without the bias of the output",

@@ -52,6 +52,7 @@ class Moments:
 
     @property
     def sigma(self) -> torch.Tensor:
+        """The unbiased covariance, (d, d)."""
         if self.n < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {self.n}")
         return self.scatter / (self.n - 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,8 @@ import distributed
 from evaluation import _require_finite, _require_symmetric
 from evaluation_features import Extractor, as_bytes
 from evaluation_metrics import Moments
+from files import write_atomically
+from files_reading import Npz
 
 #: Keys of a .npz that hold single features (n, d): score_sde's own, clean-fid's for KID.
 _FEATURE_KEYS = ("pool_3", "feats")
@@ -68,10 +69,7 @@ def write_statistics(path: str | Path, statistics: Statistics) -> Path:
     }
     if statistics.features is not None:
         arrays["features"] = np.asarray(statistics.features, dtype=np.float32)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        np.savez(file, **arrays)
-    temporary.replace(path)
+    write_atomically(path, lambda file: np.savez(file, **arrays))
     return path
 
 
@@ -93,10 +91,13 @@ def read_statistics(path: str | Path) -> Statistics:
             f"reference statistics: expected a file at {path}; make it with "
             "`python main.py --mode stats --config …`, or name one by --config.eval.stats"
         )
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path}: expected a .npz, got something else; make or fetch it again")
-    with np.load(path, allow_pickle=False) as file:
-        statistics = _parse(path, file)
+    try:
+        statistics = _parse(path, Npz(path))
+    except (TypeError, OverflowError, RecursionError, MemoryError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path}: expected statistics, got arrays of other types ({error}); make or fetch it "
+            "again"
+        ) from error
     d = statistics.mu.size
     if statistics.mu.shape != (d,) or statistics.sigma.shape != (d, d):
         raise ValueError(
@@ -106,7 +107,7 @@ def read_statistics(path: str | Path) -> Statistics:
     for name in ("mu", "sigma"):
         _require_finite(torch.from_numpy(getattr(statistics, name)), f"{path}: {name}")
     _require_symmetric(torch.from_numpy(statistics.sigma), f"{path}: sigma")
-    recorded = statistics.protocol.get("sha256", statistics.hash)
+    recorded = str(statistics.protocol.get("sha256", statistics.hash))
     if recorded != statistics.hash:
         raise ValueError(
             f"{path}: the content has the hash {statistics.hash[:12]}…, and {recorded[:12]}… is "
@@ -117,23 +118,33 @@ def read_statistics(path: str | Path) -> Statistics:
 
 def _parse(path: Path, file: Any) -> Statistics:
     source = str(path)
+    for name in set(file.files) & {"mu", "sigma", "n", "features", *_FEATURE_KEYS}:
+        if file.kind(name) not in ("iu" if name == "n" else "fiu"):
+            raise ValueError(f"{path}: expected numbers in {name}, got {file.kind(name)!r}")
     if {"mu", "sigma"} <= set(file.files):
         mu, sigma = (np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma"))
         if "protocol" not in file.files:
             return Statistics(mu, sigma, 0, source=source)
         features = file["features"] if "features" in file.files else None
         protocol = json.loads(str(file["protocol"]))
+        if not isinstance(protocol, dict) or "n" not in file.files or file.shape("n"):
+            raise ValueError(f"{path}: expected n, a number, and a protocol; make it again")
+        if features is not None and (features.ndim != 2 or features.shape[1] != mu.size):
+            raise ValueError(f"{path}: expected features (k, {mu.size}), got {features.shape}")
         return Statistics(mu, sigma, int(file["n"]), protocol, features, source)
     for key in _FEATURE_KEYS:
         if key in file.files:
             features = np.asarray(file[key], dtype=np.float32)
+            if features.ndim < 2 or len(features) < 2:
+                raise ValueError(f"{path}: expected features (n, d) in {key}, got {features.shape}")
             features = features.reshape(len(features), -1)
+            _require_finite(torch.from_numpy(features), f"{path}: {key}")
             moments = Moments.of(features)
             mu, sigma = moments.mu.numpy(), moments.sigma.numpy()
             return Statistics(mu, sigma, len(features), {}, features, source)
     hint = ""
     if "arr_0" in file.files:
-        hint = f"; arr_0 {file['arr_0'].shape} are images: compute statistics of them"
+        hint = f"; arr_0 {file.shape('arr_0')} are images: compute statistics of them"
     raise ValueError(
         f"{path}: expected mu and sigma, pool_3 or feats, got {sorted(file.files)}{hint}"
     )

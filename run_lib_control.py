@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import distributed
 import sde_lib
 import visualize
+from files import remove_unfinished
+from files_reading import read_json
 from run_lib_checks import check_same_experiment, check_writable
 from run_lib_control_job import Job, Outcome
 from run_lib_control_tasks import get_task
@@ -42,6 +43,7 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
     number = find_checkpoints(config, workdir)[-1]
     folder = Path(output or workdir / "control" / config.control.task).expanduser()
     check_writable(folder, "--output" if output else "--workdir")
+    remove_unfinished(folder, "*.png", "*.webp", "results.json")
     check_same_experiment(config, workdir, training=False)
     sde, state = sde_lib.get_sde(config), create_state(config)
     job = Job(config, sde, state["model"])
@@ -66,9 +68,13 @@ def control(config, workdir, output: str | Path = "", *, checkpoint: int = -1) -
 def remove_earlier(folder: Path, files: list[str]) -> None:
     """Remove the files of an earlier run in this folder that are not among these."""
     if (folder / "results.json").exists():
-        earlier = json.loads((folder / "results.json").read_text()).get("files", [])
-        for name in sorted(set(earlier) - set(files)):
-            (folder / name).unlink(missing_ok=True)
+        try:
+            earlier = list(read_json(folder / "results.json").get("files", []))
+        except (TypeError, ValueError):  # damaged, and about to be replaced
+            return
+        for name in sorted({name for name in earlier if isinstance(name, str)} - set(files)):
+            if (folder / name).resolve().is_relative_to(folder.resolve()):
+                (folder / name).unlink(missing_ok=True)
 
 
 def write_outcome(outcome: Outcome, folder: Path) -> list[str]:

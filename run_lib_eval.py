@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,22 @@ import run_lib_pictures
 import run_lib_toys
 import sde_lib
 import visualize
+from configs import __version__
+from files import remove_unfinished
+from files_reading import read_json
 from randomness import Draws, seed_for
 from run_lib_checks import check_same_experiment, check_writable, lock
 from run_lib_gaps import Gaps, table
 from run_lib_journal import log, logging_to, plain, progress_bar
 from run_lib_likelihood import ESTIMATORS, Bits, asked_for, line, mean_and_error
-from run_lib_metrics import FeatureMetrics, log_metrics, pixel_metrics
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
+from run_lib_metrics import (
+    METRIC_IMAGES,
+    METRIC_NUMBERS,
+    FeatureMetrics,
+    log_metrics,
+    pixel_metrics,
+)
 from run_lib_results import Results, to_tensorboard, write_report
 from run_lib_samples import Sampler, conditions
 from run_lib_shards import UNREADABLE, Shards, name_of
@@ -38,6 +48,9 @@ from run_lib_state import (
     fixed_subset,
     load_averages,
 )
+
+#: Samples in the picture of them.
+SHOWN = 256
 
 
 def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, Any]]:
@@ -71,7 +84,10 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
                     find_checkpoints(config, workdir)
                 check_same_experiment(config, workdir, training=False)
                 check_writable(folder)
+                check_writable(workdir)  # for the report
                 held.enter_context(lock(folder))
+                remove_unfinished(folder, "*")
+                remove_unfinished(workdir, "report*.html")
         held.enter_context(logging_to(folder / "log.txt"))
         sets = _image_sets(config)
         metrics = FeatureMetrics(config) if _wants_features(config) else None
@@ -111,7 +127,7 @@ def suffix_of(config, workdir: Path) -> str:
     path = workdir / "config.json"
     if not path.exists():
         return ""
-    data = json.loads(path.read_text()).get("data", {})
+    data = read_json(path, "the configuration of a run").get("data", {})
     known, image = data.get("dataset", "").lower(), Path(data.get("image", "")).stem
     same = known in ("", config.data.dataset.lower()) and image == Path(config.data.image).stem
     return "" if same else f"_{data_name(config)}"
@@ -220,7 +236,9 @@ class Evaluation:
                     images, config, config.device, dequantize=dequantize, draws=draws
                 )
                 known = conditions(config, labels)
-                each, _ = self.loss_fn.per_image(self.model, x, draws=draws, **known)
+                what = f"the loss of {len(places)} images at a time"
+                with remedy_for_memory(what, remedy_in_evaluation(len(places))):
+                    each, _ = self.loss_fn.per_image(self.model, x, draws=draws, **known)
                 values.append(each.double().cpu().numpy())
                 bar.update(len(places))
         mine = np.concatenate(values) if values else np.zeros(0)
@@ -259,27 +277,32 @@ class Evaluation:
         shards.fill(count, self.config.eval.batch_size, work, "samples", "image")
         scores = None
         if self.features is not None:
-            features = Path(f"{stem}_features.npz")
-            scores = self.features(lambda: shards.read(count)["samples"], made_by, features)
-        rows = shards.read(count)
+            with shards.rows("samples") as samples:
+                scores = self.features(samples.take, made_by, Path(f"{stem}_features.npz"))
         about = {
             "images": count,
-            "evaluations": _whole(rows["evaluations"].mean()),
+            "evaluations": _whole(shards.read(count, "evaluations")["evaluations"].mean()),
             **self.sampler.protocol(),
         }
         with distributed.together():
             frames = None
             if distributed.is_main():
-                samples = torch.from_numpy(rows["samples"])
+                looked_at = count if self.points else self._looked_at(count)
+                samples = torch.from_numpy(shards.read(looked_at, "samples")["samples"])
                 scores = self._with_pixels(samples, scores)
                 frames = _read_frames(film, made_by)
-                shown = samples if self.points else samples[:256]
+                shown = samples if self.points else samples[:SHOWN]
                 visualize.save_grid(shown, f"{stem}_samples.png")
                 if frames:
                     visualize.animation(frames, f"{stem}_sampling.webp")
                     if self.config.eval.keep_frames:
                         _draw_frames(frames, Path(f"{stem}_frames"))
         return about, scores, frames
+
+    def _looked_at(self, count: int) -> int:
+        """How many samples are taken into memory at once: as many as somebody looks at."""
+        numbers = math.prod(data_lib.data_shape(self.config))
+        return min(count, METRIC_IMAGES if numbers <= METRIC_NUMBERS else SHOWN)
 
     def _with_pixels(self, samples: torch.Tensor, scores: dict | None) -> dict[str, Any]:
         if self.points:
@@ -300,7 +323,10 @@ class Evaluation:
             "seed": self.config.seed,
             "processes": distributed.world_size(),
             "device": str(self.config.device.type),
-            "versions": {name: importlib.metadata.version(name) for name in packages},
+            "versions": {
+                "score-sde": __version__,
+                **{name: importlib.metadata.version(name) for name in packages},
+            },
             "config": plain(self.config),
         }
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 import data_lib
-from data_lib_files import EXTENSIONS, decode
+from data_lib_files import EXTENSIONS, FORMATS, decode
 from operators import PATTERNS, mask_pattern
 from run_lib_journal import log
 from run_lib_state import fixed_subset
@@ -67,7 +67,7 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
     from PIL import Image
 
     try:
-        with Image.open(path) as opened:
+        with Image.open(path, formats=FORMATS) as opened:
             found, mode, transparent = opened.size, opened.mode, False
             if opened.has_transparency_data:
                 lowest = opened.convert("RGBA").getchannel("A").getextrema()[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import torch
 
 import distributed
 import visualize
+from files import appending
 
 log = logging.getLogger("score_sde")
 
@@ -28,8 +30,9 @@ def logging_to(path: Path) -> Iterator[None]:
     main = distributed.is_main()
     handlers: list[logging.Handler] = [_BarFriendlyHandler()]
     if main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(path))
+        with contextlib.suppress(OSError):  # a folder to read from only: the terminal has it all
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(_LogFile(path))
     who = "" if main else f"process {distributed.rank()}: "
     form = logging.Formatter(f"%(asctime)s {who}%(message)s", "%H:%M:%S")
     for handler in handlers:
@@ -48,6 +51,18 @@ def logging_to(path: Path) -> Iterator[None]:
             handler.close()
 
 
+class _LogFile(logging.FileHandler):
+    """A log that a full disk does not fill the terminal with tracebacks for."""
+
+    def handleError(self, record):
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+    def close(self):
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 class _BarFriendlyHandler(logging.Handler):
     """The terminal; where it shows the bar, that says what the lines of progress say."""
 
@@ -60,15 +75,32 @@ class _BarFriendlyHandler(logging.Handler):
 
 def progress_bar(total: int, initial: int = 0, **options):
     """A progress bar of the main process; without a terminal it speaks up twice a minute only."""
-    from tqdm import tqdm
-
     options.setdefault("disable", not distributed.is_main())
     interval = 0.2 if sys.stderr.isatty() else 30.0
     options.setdefault("delay", 0.0 if sys.stderr.isatty() else interval)
-    return tqdm(
+    return _bar()(
         total=total, initial=initial, dynamic_ncols=True, mininterval=interval,
-        maxinterval=interval, smoothing=0.1, **options,
+        maxinterval=interval, miniters=1, smoothing=0.1, **options,
     )  # fmt: skip
+
+
+@functools.cache
+def _bar():
+    from tqdm import tqdm
+
+    class Bar(tqdm):
+        """tqdm by a clock that nobody sets, which its own is not: one set back an hour would keep
+        the bar silent for an hour."""
+
+        monitor_interval = 0  # a thread that looks at the other clock
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            if not self.disable:
+                self._time = time.monotonic
+                self.start_t = self.last_print_t = self._time()
+
+    return Bar
 
 
 def write_json(path: Path, content) -> None:
@@ -170,6 +202,8 @@ class Journal:
             images_per_second=rate,
             memory_gib=peak_memory_gib(self.config.device),
             nonfinite=nonfinite,
+            # of a run that came back between two lines, or ended there: fewer than log_freq
+            **({} if len(losses) == t.log_freq else {"steps_averaged": len(losses)}),
         )
         self.bar.set_postfix_str(f"loss {mean:.4g}, {images} images/s{self.last_eval}")
         line = f"step {step:,} of {t.n_iters:,}: loss {mean:.5g}{self.last_eval}, lr {lr:.3g}"
@@ -194,25 +228,35 @@ class Journal:
     def _write(self, step: int, **values) -> None:
         if self.history is None or self.writer is None:
             return
-        self.history.write(json.dumps(_strict({"step": step, **values})) + "\n")
-        for name, value in values.items():
-            rows = value if isinstance(value, dict) else {"": value}
-            for part, number in rows.items():
-                if number is not None and name != "images":
-                    self.writer.add_scalar(f"{name}/{part}" if part else name, number, step)
+        with appending(Path(self.history.name)):
+            self.history.write(json.dumps(_strict({"step": step, **values})) + "\n")
+        with appending(Path(self.writer.log_dir)):
+            for name, value in values.items():
+                rows = value if isinstance(value, dict) else {"": value}
+                for part, number in rows.items():
+                    if number is not None and name not in ("images", "steps_averaged"):
+                        self.writer.add_scalar(f"{name}/{part}" if part else name, number, step)
 
     def flush(self) -> None:
         """Hand everything to the file system."""
         if self.history is not None and self.writer is not None:
-            self.history.flush()
-            self.writer.flush()
+            with appending(Path(self.history.name)):
+                self.history.flush()
+            with appending(Path(self.writer.log_dir)):
+                self.writer.flush()
 
     def close(self) -> None:
         """End the bar and the files."""
         self.bar.close()
-        for file in (self.history, self.writer):
-            if file is not None:
-                file.close()
+        with contextlib.ExitStack() as closing:  # both, also where one cannot be
+            if self.history is not None and self.writer is not None:
+                closing.callback(_close, self.history, self.history.name)
+                closing.callback(_close, self.writer, self.writer.log_dir)
+
+
+def _close(file, path) -> None:
+    with appending(Path(path)):
+        file.close()
 
 
 class _Clock:
@@ -299,32 +343,29 @@ def peak_memory_gib(device) -> float:
 def _open_history(path: Path, step: int):
     """history.jsonl, opened to go on at `step`, and the (step, name) that it has of that step;
     lines that a killed run wrote beyond it go."""
-    kept = [row for row in map(json.loads, _read_lines(path)) if row["step"] <= step]
+    kept = [row for row in _read_rows(path) if row["step"] <= step]
     text = "".join(f"{json.dumps(row)}\n" for row in kept)
     visualize.write_atomic(path, text.encode())
     return open(path, "a"), {(step, name) for row in kept if row["step"] == step for name in row}
 
 
-def _read_lines(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines()
-    while lines and not _is_json(lines[-1]):
-        lines.pop()
-    return lines
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a history; a line that is damaged, such as a killed run's last one, is none."""
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    return [row for row in map(_row, lines) if row is not None]
 
 
-def _is_json(line: str) -> bool:
+def _row(line: str) -> dict[str, Any] | None:
     try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def read_history(workdir) -> dict[str, list[float]] | None:
     """steps, losses, eval_steps and eval_losses of a run, or None where it has none."""
-    rows = [json.loads(line) for line in _read_lines(Path(workdir) / "history.jsonl")]
+    rows = _read_rows(Path(workdir) / "history.jsonl")
     train_rows, eval_rows = (
         [r for r in rows if r.get(key) is not None] for key in ("loss", "eval_loss")
     )

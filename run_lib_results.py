@@ -14,10 +14,12 @@ import torch
 import data_lib
 import evaluation
 import visualize_report
+from files import appending
+from files_reading import read_json
 from run_lib_journal import log, plain, read_history, write_json
 from run_lib_likelihood import ESTIMATORS, NOTES, count
 from run_lib_metrics import TRAIN_IMAGES, real_images, unit
-from run_lib_shards import UNREADABLE
+from run_lib_shards import UNREADABLE, Rows
 
 #: Largest number of numbers an image may have, for its nearest training image to be looked for.
 NEIGHBOR_NUMBERS = 3 * 64 * 64
@@ -51,10 +53,9 @@ class Results:
             "protocol": {},
         }
         if self.path.exists():
-            with contextlib.suppress(ValueError, AttributeError):
-                known = json.loads(self.path.read_text())
-                if known.get("weights_sha256") == weights:
-                    self.content = known
+            known = _read(self.path)
+            if known is not None and known.get("weights_sha256") == weights:
+                self.content = known
 
     def keep(self, part: str, protocol: dict[str, Any], **values) -> None:
         """Write the values of a part, and how they came to be."""
@@ -63,11 +64,23 @@ class Results:
         write_json(self.path, self.content)
 
 
+def _read(path: Path) -> dict[str, Any] | None:
+    """The results at `path`; None where they are damaged, or something else."""
+    try:
+        known = read_json(path)
+    except (OSError, ValueError):
+        return None
+    parts = [known.get(part, {}) for part in ("protocol", *(part for part, *_ in _CURVES.values()))]
+    right = "protocol" in known and isinstance(known.get("step"), int)
+    return known if right and all(isinstance(part, dict) for part in parts) else None
+
+
 def to_tensorboard(workdir: Path, results: dict[str, Any], suffix: str) -> None:
     """The numbers of a checkpoint as scalars eval/… at its step."""
     from torch.utils.tensorboard import SummaryWriter
 
-    with SummaryWriter(str(workdir / "tensorboard")) as writer:
+    folder = workdir / "tensorboard"
+    with appending(folder), SummaryWriter(str(folder)) as writer:
         for part in ("loss", "metrics", *(part for part, _ in ESTIMATORS.values())):
             for name, value in results.get(part, {}).items():
                 real = isinstance(value, numbers.Real) and not isinstance(value, bool)
@@ -145,8 +158,8 @@ def _bits(stem: Path, results) -> dict[str, tuple[np.ndarray, str]]:
 def _rows_of(stem: Path, part: str, first: int | None = None, name="") -> np.ndarray | None:
     """The first rows of an array, by default the part's own, of `stem`_<part>.npz; None where it is
     gone or damaged: the numbers of an earlier evaluation are in the JSON still."""
-    with contextlib.suppress(*UNREADABLE), np.load(f"{stem}_{part}.npz") as file:
-        return file[name or part][:first]
+    with contextlib.suppress(*UNREADABLE), Rows(Path(f"{stem}_{part}.npz"), name or part) as rows:
+        return rows.take(range(rows.shape[0] if first is None else first))
     return None
 
 
@@ -177,12 +190,12 @@ def _rows_of_points(found: dict[str, Any]) -> list[visualize_report.Row]:
 def curves(folder: Path, suffix: str, results) -> dict[str, tuple[list, list, list]]:
     """Scores over the checkpoints evaluated in `folder`, by name: steps, values, errors; of those
     that came about as `results` did. Names that fewer than two checkpoints have are left out."""
-    known = []
-    for path in folder.glob(f"ckpt_*{suffix}.json"):
-        if path.stem.removeprefix("ckpt_").removesuffix(suffix).isdigit():
-            with contextlib.suppress(ValueError):
-                known.append(json.loads(path.read_text()))
-    known.sort(key=lambda r: r.get("step", 0))
+    paths = [
+        path
+        for path in folder.glob(f"ckpt_*{suffix}.json")
+        if path.stem.removeprefix("ckpt_").removesuffix(suffix).isdigit()
+    ]
+    known = sorted(filter(None, map(_read, paths)), key=lambda r: r["step"])
     found = {}
     for name, (part, value, error) in _CURVES.items():
         rows = [

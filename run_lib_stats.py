@@ -9,8 +9,10 @@ import distributed
 import evaluation_scales
 import evaluation_stats
 from evaluation_features import get_extractor
+from files import remove_unfinished
 from run_lib_checks import check_writable
 from run_lib_journal import progress_bar
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
 from run_lib_state import complete_here, data_name, fixed_subset
 
 #: Images among which the largest distance is looked for, and the numbers that they may hold.
@@ -48,6 +50,7 @@ def statistics(config, workdir=None) -> Path:
             path = statistics_path(config)
             if distributed.is_main():
                 check_writable(path.parent)
+                remove_unfinished(path.parent, path.name)
         image_set, _ = distributed.in_turn(lambda: data_lib.get_image_sets(config))
         e = config.eval
         extractor = get_extractor(
@@ -55,7 +58,9 @@ def statistics(config, workdir=None) -> Path:
         )
         label = f"features by {extractor.name!r}"
         mine = len(distributed.share(len(image_set)))
-        with progress_bar(mine, desc=label, unit="image", leave=False) as bar:
+        what = f"features of {e.batch_size} images at a time"
+        remedy = remedy_for_memory(what, remedy_in_evaluation(e.batch_size))
+        with progress_bar(mine, desc=label, unit="image", leave=False) as bar, remedy:
             made = evaluation_stats.dataset_statistics(
                 image_set,
                 extractor,

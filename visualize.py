@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from files import write_atomically
 from visualize_points import points_image
 
 if TYPE_CHECKING:
@@ -253,6 +254,7 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def vector(x: Any, name: str) -> np.ndarray:
+    """x as a flat array in float64; refused where no number of it is finite."""
     values = torch.as_tensor(x).detach().cpu().double().flatten().numpy()
     if not np.isfinite(values).any():
         raise ValueError(f"{name} must hold at least one finite number, got {len(values)} others")
@@ -388,19 +390,15 @@ def with_error(value: float, error: float | None) -> str:
 
 
 def write_npz(path: PathLike, arrays: dict[str, Any], *, compress: bool = True) -> None:
-    """Write arrays to the .npz at `path`, whole or not at all."""
-    buffer = io.BytesIO()
-    (np.savez_compressed if compress else np.savez)(buffer, **arrays)
-    write_atomic(path, buffer.getvalue())
+    """Write arrays to the .npz at `path`, whole or not at all; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save = np.savez_compressed if compress else np.savez
+    write_atomically(path, lambda file: save(file, **arrays))
 
 
-def write_atomic(path: PathLike, data: bytes) -> None:
+def write_atomic(path: PathLike, data: bytes, *, sync: bool = False) -> None:
     """Write `data` to `path`, whole or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_atomically(path, lambda file: file.write(data), sync=sync)

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 Row = tuple[str, Any, Any, str]  # name, value, standard error or None, how to read it
 
-
+#: What a browser may do with the page: show its own pictures and styles, and nothing else.
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _CSS = """
 :root { --ground: #f6f7f9; --card: #ffffff; --ink: #1b1f24; --quiet: #5c6570; --line: #e1e5ea;
   --accent: #2563eb; }
@@ -209,6 +210,7 @@ class Report:
         return (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
             f'<meta name="color-scheme" content="light dark"><title>{title}</title>'
             f"<style>{_CSS}</style></head>\n<body><main><header><h1>{title}</h1>{subtitle}"
             "</header>\n" + "\n".join(parts) + "\n</main></body></html>\n"

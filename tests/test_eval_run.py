@@ -175,20 +175,20 @@ def test_what_a_killed_evaluation_left_is_kept_and_counted_once(run, monkeypatch
     whole = run_lib_shards.Shards._write
     monkeypatch.setattr(likelihood, "get_ode_likelihood_fn", _noise_and_probe)
 
-    def die(self, path, arrays, places, compress=False):
+    def die(self, path, arrays, places):
         if len(calls) == after:
             raise Killed
         calls.append(places)
-        whole(self, path, arrays, places, compress)
+        whole(self, path, arrays, places)
 
     monkeypatch.setattr(run_lib_shards.Shards, "_write", die)
     with pytest.raises(Killed):
         run_lib.evaluate(few(part), run, folder)
     computed = []
 
-    def note(self, path, arrays, places, compress=False):
+    def note(self, path, arrays, places):
         computed.extend(places if path != self.path else ())
-        whole(self, path, arrays, places, compress)
+        whole(self, path, arrays, places)
 
     monkeypatch.setattr(run_lib_shards.Shards, "_write", note)
     result = run_lib.evaluate(few(part, eval__batch_size=7), run, folder)[3]
