@@ -49,7 +49,10 @@ def classifier_gradient(sde, classifier, labels: torch.Tensor) -> Callable:
 
     def eagerly(x, t):
         with torch.compiler.set_stance("force_eager"):  # torch.func cannot see into compiled code
-            return gradient(x, t)
+            if not torch.is_inference_mode_enabled():
+                return gradient(x, t)
+            with torch.inference_mode(False):  # inside it, torch.func of 2.6 is silently wrong
+                return gradient(x.clone(), t.clone())
 
     return eagerly
 

@@ -58,7 +58,8 @@ def process_group(device="cuda", timeout_s: float = 1800.0):
     Does nothing without a launcher, or inside a group that exists already. The group is left in
     order only when the block ends in order: after an error the others may never answer.
 
-    Raises: ConnectionError where another process has gone; that one says why.
+    Raises: ConnectionError where another process has gone. That one says why, or this one says
+      that it could not: it was killed.
     """
     if not launched() or dist.is_initialized():
         yield
@@ -71,13 +72,29 @@ def process_group(device="cuda", timeout_s: float = 1800.0):
     dist.init_process_group(backend, store=store, rank=number, world_size=count, timeout=timeout)
     try:
         yield
-    except RuntimeError as error:
-        if any(words in str(error) for words in _GONE):
-            reason = str(error).splitlines()[0]
-            gone = ConnectionError(f"another process has ended, see its message ({reason})")
-            raise reported_elsewhere(gone) from error
+    except BaseException as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in _GONE):
+            raise _gone(store, error) from error
+        with contextlib.suppress(Exception):  # the others end with this one: it has the word
+            store.set("failed", str(number))
         raise
     dist.destroy_process_group()
+
+
+def _gone(store, error: RuntimeError) -> Exception:
+    """What a process says whose peer has gone: nothing, where that one or a third says it."""
+    reason = str(error).splitlines()[0]
+    said = False
+    with contextlib.suppress(Exception):  # the store goes with the process that held it
+        said = store.check(["failed"]) or store.add("told", 1) > 1
+    if said:
+        gone = ConnectionError(f"another process has ended, see its message ({reason})")
+        return reported_elsewhere(gone)
+    return ConnectionError(
+        f"another process was killed, without a word ({reason}): by the system, as where memory is "
+        "short, by a person, or with its machine; the same command goes on from the last "
+        "checkpoint"
+    )
 
 
 def _fresh_store(timeout: datetime.timedelta) -> tuple[Any, int, int]:

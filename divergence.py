@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.autograd.forward_ad as forward_ad
 
+import arguments
 from sde_lib import sum_except_batch
 
 
@@ -310,7 +311,8 @@ def get_trace(name: str, probes: int = 1, *, mode: str = "auto", chunk: int = 16
         `MEASURE_FROM` products on the faster of the two at the first call for a shape of samples.
       chunk: how many products are taken at once (vmap); fewer need less memory.
     """
-    key = name.lower()
+    key = str(name).lower()
+    arguments.whole(probes=probes, chunk=chunk)
     if key not in TRACES:
         raise ValueError(f"trace {name!r} is unknown; known: {sorted(TRACES)}")
     if mode not in MODES:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 import ode
 import sde_lib
 from divergence import (
@@ -63,15 +64,17 @@ def get_ode_likelihood_fn(
       eps: the time of the data, in [0, T), where σ(eps) > 0.
       continuous: whether the network was trained with continuous time.
 
-    Raises: FloatingPointError, naming t, where the network's output is not finite; RuntimeError
+    Raises: FloatingPointError, naming t, where the network's output is not finite; SolverError
       where the solver gives up.
     """
-    trace = get_trace(trace, probes) if isinstance(trace, str) else trace
+    sde_lib.check_process(sde)
+    arguments.real(eps=eps)
+    trace = trace if hasattr(trace, "draw") else get_trace(trace, probes)
     if not 0 <= eps < sde.T or not sde_lib.alpha_sigma(sde, torch.tensor([eps]))[1].item() > 0:
         raise ValueError(
             f"likelihood needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use 1e-5"
         )
-    ode.check_options(method, rtol, atol)
+    ode.check_options(method, rtol, atol, max_nfe=max_nfe)
 
     @torch.inference_mode(False)
     @torch.no_grad()

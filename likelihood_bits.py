@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+import arguments
 from sde_lib import double
 
 #: Images are called discrete where chance would have all of their numbers on a grid of levels less
@@ -77,7 +78,11 @@ def log_volume_at(x: torch.Tensor, inverse_scaler: Callable, levels: int) -> tor
 
 
 def check_data(data: torch.Tensor) -> None:
-    """Refuse data that have no density, or have lost it in rounding."""
+    """Refuse data that have no density, have lost it in rounding, or are not finite."""
+    if not torch.is_tensor(data):
+        raise arguments.WrongTypeError(
+            f"likelihood needs a tensor of data, got {type(data).__name__}; use torch.as_tensor"
+        )
     if not data.is_floating_point():
         raise ValueError(
             f"likelihood needs dequantised data in floating point, got {data.dtype}; "
@@ -87,6 +92,12 @@ def check_data(data: torch.Tensor) -> None:
         raise ValueError(
             f"likelihood needs data of float32 or float64, got {data.dtype}, which rounds the "
             "noise of dequantisation away; use data.float(), and autocast for the network"
+        )
+    if not torch.isfinite(data).all():
+        bad = int((~torch.isfinite(data)).flatten(1).any(dim=1).sum()) if data.ndim > 1 else 1
+        raise ValueError(
+            f"likelihood needs finite data, got {bad} of {len(data)} samples with NaN or infinity; "
+            "look at the data, or at the inverse of their scaler"
         )
 
 

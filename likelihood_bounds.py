@@ -40,6 +40,7 @@ from dataclasses import dataclass
 
 import torch
 
+import arguments
 import sde_lib
 from divergence import Trace, get_trace, watched
 from likelihood_bits import Likelihood, check_data, refuse_nan
@@ -76,6 +77,8 @@ def check_stochastic(lam: float) -> None:
 
 def check_process(sde, eps: float) -> None:
     """Refuse a process without λ, and an eps that has no noise or is no time of it."""
+    sde_lib.check_process(sde)
+    arguments.real(eps=eps)
     if not sde_lib.is_affine(sde):
         raise ValueError(
             f"a bound needs p(x_t | x_0) = N(α x_0, σ²), and the drift or mean of "
@@ -190,9 +193,11 @@ class Numbered:
         self.draws, self.number = draws, number
 
     def rand(self, stream: str, *args, **options) -> torch.Tensor:
+        """Uniform numbers, as `Draws.rand`."""
         return self.draws.rand(f"{self.number} {stream}", *args, **options)
 
     def randn(self, stream: str, *args, **options) -> torch.Tensor:
+        """Standard normal numbers, as `Draws.randn`."""
         return self.draws.randn(f"{self.number} {stream}", *args, **options)
 
 
@@ -207,8 +212,8 @@ def normal(x: torch.Tensor, draws, stream: str) -> torch.Tensor:
 
 
 def dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """vᵀw of each sample, (B,), in float64."""
-    return sum_except_batch(double(v) * double(w))
+    """vᵀw of each sample, (B,), summed in float64."""
+    return sum_except_batch(double(v * w))
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ __all__ = [
 
 def _reduce(losses: torch.Tensor, reduce_mean: bool) -> torch.Tensor:
     """Mean, or half the sum, over all axes but the first: (B, *) -> (B,)."""
-    flat = losses.reshape(losses.shape[0], -1)
+    flat = losses.flatten(1)
     return flat.mean(dim=1) if reduce_mean else 0.5 * flat.sum(dim=1)
 
 
@@ -96,7 +96,8 @@ def get_sde_loss_fn(
       train: whether the network runs in training mode.
       reduce_mean: mean over a sample's numbers; else half their sum.
       continuous: whether the network takes continuous time.
-      likelihood_weighting: use w = g².
+      likelihood_weighting: use w = g². True is the original's default; False trains networks whose
+        samples are better, as its configs do.
       eps: the smallest time.
       weighting: '' for the two above; 'dsm', 'likelihood', 'edm', 'min_snr', or an output's name
         such as 'noise', 'v' or 'velocity' (flow matching) for its unweighted squared error.

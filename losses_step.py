@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+import arguments
 import distributed
 import sde_lib
 from losses_optim import gradient_norm
@@ -23,10 +24,27 @@ class Objective:
 
     `per_image(model, batch, *, draws=None, **conditions)` gives the losses of the images and the
     times they were taken at, both (B,).
+
+    Raises: ValueError for a batch that is not of scaled data, (B, *) in floating point; TypeError
+      for what is no tensor.
     """
 
     def __init__(self, per_image: Callable[..., tuple[torch.Tensor, torch.Tensor]]):
-        self.per_image = per_image
+        self._per_image = per_image
+
+    def per_image(self, model, batch, *, draws=None, **conditions):
+        """The losses and their times, (B,)."""
+        if not torch.is_tensor(batch):
+            raise arguments.WrongTypeError(
+                f"an objective needs a batch as one tensor, got {type(batch).__name__}; "
+                "use torch.as_tensor"
+            )
+        if batch.ndim < 2 or not batch.is_floating_point():
+            raise ValueError(
+                "an objective needs a batch (B, *) in floating point, scaled for the network, got "
+                f"{tuple(batch.shape)} of {batch.dtype}; use data_lib.prepare(images, config)"
+            )
+        return self._per_image(model, batch, draws=draws, **conditions)
 
     def __call__(self, model, batch, *, draws=None, **conditions) -> torch.Tensor:
         return self.per_image(model, batch, draws=draws, **conditions)[0].mean()

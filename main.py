@@ -18,22 +18,27 @@ Any key of the configuration (configs/defaults.py) is set by --config.<key>=<val
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import config_flags
 
+from configs import __version__
+
 FLAGS = flags.FLAGS
 #: Of the processes that torchrun starts on this machine, not the first.
 _LATER = os.environ.get("LOCAL_RANK", "0") != "0"
 MODES = ("train", "eval", "sample", "control", "stats", "convert")
 
+flags.DEFINE_boolean("version", False, "Print the version and end.")
 flags.DEFINE_string("workdir", None, "The folder of the run: checkpoints, samples, logs, results.")
 flags.DEFINE_enum("mode", None, MODES, "What to do.")
 flags.DEFINE_string("eval_folder", "eval", "The folder inside workdir for results of eval.")
@@ -60,11 +65,15 @@ flags.DEFINE_enum(
 
 
 def main(argv: list[str]) -> None:
+    """Check the flags, and do what `--mode` says; errors end the program with their message."""
     if len(argv) > 1:
         _misused(
             f"stray arguments {argv[1:]}; write every value with '=', "
             "such as --config.eval.enable_bpd=False"
         )
+    if FLAGS.version:
+        print(__version__)
+        return
     config = FLAGS.config
     if FLAGS.mode is None:
         _misused(f"--mode is missing; one of {', '.join(MODES)}")
@@ -78,10 +87,13 @@ def main(argv: list[str]) -> None:
         if FLAGS.verbosity > 0:
             raise
         _exit(error, started=True)
-    except RuntimeError as error:
-        if FLAGS.verbosity > 0 or "out of memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        from run_lib_memory import OutOfMemoryError, ran_out_of_memory  # late: --help stays fast
+
+        if FLAGS.verbosity > 0 or not ran_out_of_memory(error):
             raise
-        _exit(MemoryError(f"{error}\n{_MEMORY_HINT}"), started=True)
+        said = isinstance(error, OutOfMemoryError)
+        _exit(error if said else MemoryError(f"{error}\n{_MEMORY_HINT}"), started=True)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
 
@@ -146,21 +158,37 @@ def load_config(path: str):
     """The completed configuration of a file with get_config(): every known key is there, so that
     any of them can be overridden, also for a file that lists only some.
 
-    Raises: ValueError for a file that is missing or has no get_config, and for unknown keys.
+    Raises: ValueError for a file that is missing, that Python cannot run or that has no get_config,
+      and for unknown keys.
     """
     from configs.validation import complete
 
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--config {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+    name = f"config_{file.stem}"
+    loader = importlib.machinery.SourceFileLoader(name, str(file))  # whatever the file's ending
+    spec = importlib.util.spec_from_loader(name, loader)
     assert spec is not None
-    assert spec.loader is not None
+    sys.path.append(str(file.resolve().parent))  # for the modules beside it
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    given = None
+    try:
+        loader.exec_module(module)
+        if hasattr(module, "get_config"):
+            given = module.get_config()
+    except Exception as error:  # of the file's own
+        lines = [
+            f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(file)
+        ]
+        at = f" in line {lines[-1]}" if lines else ""
+        raise ValueError(
+            f"--config {path}: expected a Python file with get_config(), got "
+            f"{type(error).__name__}{at}: {error}"
+        ) from error
     if not hasattr(module, "get_config"):
         raise ValueError(f"--config {path}: expected a file with get_config(), found none in it")
-    return complete(module.get_config())
+    return complete(given)
 
 
 def _define_config(argv: list[str]) -> list[str]:
@@ -175,6 +203,9 @@ def _define_config(argv: list[str]) -> list[str]:
             rest.append(word)
     if path is None:
         flags.DEFINE_string("config", None, "A file with get_config().")
+        for word in rest:
+            if word.lstrip("-").startswith(("config.", "noconfig.")):
+                raise ValueError(f"{word}: expected --config FILE too, whose key this sets")
         return rest
     config = load_config(path)
     for word in rest:
@@ -196,6 +227,24 @@ def _check_key(word: str, config) -> None:
         complete(value)  # raises, naming the nearest key
 
 
+def _parse(argv: list[str]) -> list[str]:
+    """absl's parser; what it refuses is said below the help, with its examples."""
+    try:
+        return FLAGS(argv)
+    except flags.Error as error:
+        if _LATER:
+            _exit(error)
+        app.usage(shorthelp=True, detailed_error=error)
+        sys.exit(1)
+
+
+def _speak_for_the_command() -> None:
+    """The help of the installed command, whose own file says nothing, is that of this one."""
+    sys.modules["__main__"].__doc__ = __doc__
+    for flag in FLAGS.get_key_flags_for_module(__name__):
+        FLAGS.register_key_flag_for_module(sys.argv[0], flag)
+
+
 def run() -> None:
     """Entry point of the installed command."""
     sys.path.insert(0, "")  # config files may import from the current folder
@@ -203,8 +252,9 @@ def run() -> None:
         argv = _define_config(sys.argv)
     except ValueError as error:
         _exit(error)
+    _speak_for_the_command()
     try:
-        app.run(main, argv)
+        app.run(main, argv, flags_parser=_parse)
     finally:  # an impatient Ctrl-C now ends the program, and prints no traceback of its cleaning
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from ode_adaptive import Adaptive
+import arguments
+from ode_adaptive import Adaptive, SolverError
 from ode_tableaus import TABLEAUS, State, Tableau, derivative, refuse_nonfinite, step
 
 #: SciPy's solvers, the reference: on the host, one step size for the whole batch.
@@ -71,11 +72,11 @@ def solve(
         callback(calls, share, t, state), with the share of the way and the time of the sample that
         is furthest behind.
 
-    Raises: FloatingPointError, naming sample and t, where a derivative is not finite; RuntimeError
+    Raises: FloatingPointError, naming sample and t, where a derivative is not finite; SolverError
       where max_nfe is reached or a step falls below the resolution of time.
     """
     y = tuple(state)
-    check_options(method, rtol, atol, steps)
+    check_options(method, rtol, atol, steps, max_nfe)
     _check_rows(y, tuple(args))
     t, end = _times(t0, t1, y)
     if method in METHODS:
@@ -96,8 +97,12 @@ def _times(t0, t1, y: State) -> list[torch.Tensor]:
     return [t.expand(len(y[0])).clone() for t in times]
 
 
-def check_options(method: str, rtol: float, atol: float, steps: int | None = None) -> None:
+def check_options(
+    method: str, rtol: float, atol: float, steps: int | None = None, max_nfe: float = MAX_NFE
+) -> None:
     """Refuse what `solve` would refuse; before other long work."""
+    arguments.number(rtol=rtol, atol=atol, max_nfe=max_nfe)
+    arguments.optional(arguments.whole, steps=steps)
     known = (*TABLEAUS, *METHODS)
     if method not in known:
         raise ValueError(f"ODE method {method!r} is unknown; known: {', '.join(known)}")
@@ -175,7 +180,7 @@ def solve_scipy(
 
     Returns: y at t1, as a tuple of tensors like `state`, and the number of evaluations of fn.
 
-    Raises: FloatingPointError, naming t, where a derivative is not finite; RuntimeError where
+    Raises: FloatingPointError, naming t, where a derivative is not finite; SolverError where
       the solver gives up.
     """
     import scipy.integrate
@@ -207,5 +212,5 @@ def solve_scipy(
     while solver.status == "running":
         message = solver.step()
         if solver.status == "failed":
-            raise RuntimeError(f"{method} failed at t = {solver.t:.6g}: {message}")
+            raise SolverError(f"{method} failed at t = {solver.t:.6g}: {message}")
     return unpack(solver.y), solver.nfev

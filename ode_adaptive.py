@@ -12,13 +12,29 @@ from typing import Any, NoReturn
 
 import torch
 
-from ode_tableaus import State, Tableau, derivative, moved, refuse_nonfinite, step, weighted
+from ode_tableaus import (
+    State,
+    Tableau,
+    derivative,
+    moved,
+    per_row,
+    refuse_nonfinite,
+    step,
+    weighted,
+)
 
 #: A step is this share of the one whose error would just be accepted, and changes at most by these
 #: factors (Hairer, Nørsett & Wanner 1993, II.4).
 SAFETY, SLOWEST, FASTEST = 0.9, 0.2, 10.0
 #: Rows leave the batch when no more than this share of it is still under way.
 DROP_BELOW = 0.75
+
+
+class SolverError(FloatingPointError, RuntimeError):
+    """A solver of steps that it chooses itself gives up: too many evaluations, or too short steps.
+
+    It is handled like a state that is not finite: both come of a network, or of tolerances.
+    """
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Rows:
 
     @property
     def under_way(self) -> torch.Tensor:
+        """Whether a row has not come to its end yet, (B,)."""
         return self.t != self.end
 
 
@@ -138,9 +155,7 @@ class Adaptive:
         h = torch.where(left.abs() < 2 * rows.h.abs(), left / 2, rows.h)
         s = torch.where(last, rows.end, rows.t + h)
         new, ks = step(self.tableau, self.fn, rows.t, s, rows.y, rows.k, rows.args)
-        e = moved(
-            tuple(torch.zeros_like(v) for v in new), s - rows.t, weighted(self.tableau.error, ks)
-        )
+        e = tuple(v.mul_(per_row(s - rows.t, v)) for v in weighted(self.tableau.error, ks))
         error = self._norm(e, self._scale(rows.y, new))
         return Trial(s, ks, torch.where(torch.isnan(error), torch.inf, error)), new
 
@@ -172,13 +187,14 @@ class Adaptive:
     def _scale(self, y: State, new: State) -> State:
         """The error allowed in each number."""
         pairs = zip(y, new, strict=True)
-        return tuple(self.atol + self.rtol * torch.maximum(a.abs(), b.abs()) for a, b in pairs)
+        largest = (torch.maximum(a.abs(), b.abs()) for a, b in pairs)
+        return tuple(v.mul_(self.rtol).add_(self.atol) for v in largest)
 
     def _norm(self, e: Sequence[torch.Tensor], scale: State) -> torch.Tensor:
         """‖e‖ of each sample, summed in float64: (b,)."""
         rms = []
         for v, s in zip(e, scale, strict=True):
-            squares = (v / s).square().reshape(len(v), -1)
+            squares = (v / s).square_().reshape(len(v), -1)
             total = squares.sum(dim=1, dtype=_real(v.device))
             rms.append(torch.sqrt(total / max(squares.shape[1], 1)))
         return torch.stack(rms).amax(dim=0)
@@ -201,7 +217,7 @@ class Adaptive:
         if not stuck.any():
             return
         i = int(stuck.nonzero()[0])
-        raise RuntimeError(
+        raise SolverError(
             f"the ODE's step of sample {int(rows.index[i])} fell to {float(rows.h[i].abs()):.3g} "
             f"at t = {float(rows.t[i]):.6g}, below what float64 times resolve: its right-hand side "
             f"jumps there or is noisier than rtol = {self.rtol:g} and atol = {self.atol:g} ask "
@@ -212,7 +228,7 @@ class Adaptive:
     def _refuse_more(self, rows: Rows) -> NoReturn:
         left = torch.where(rows.under_way, (rows.end - rows.t) / rows.span, rows.t - rows.t)
         i = int(left.argmax())
-        raise RuntimeError(
+        raise SolverError(
             f"the ODE of sample {int(rows.index[i])} is at t = {float(rows.t[i]):.6g}, on its way "
             f"to {float(rows.end[i]):g}, after {int(rows.nfe[i])} evaluations, with steps of "
             f"{float(rows.h[i].abs()):.3g} and {int(rows.rejected[i])} refused; "

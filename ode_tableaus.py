@@ -114,7 +114,7 @@ def weighted(weights: Sequence[float], ks: Sequence[State]) -> State:
 
 def moved(y: State, h: torch.Tensor, slope: State) -> State:
     """y + h · slope, with a step h per row."""
-    return tuple(s + per_row(h, s) * k for s, k in zip(y, slope, strict=True))
+    return tuple(torch.addcmul(s, per_row(h, s), k) for s, k in zip(y, slope, strict=True))
 
 
 def step(

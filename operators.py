@@ -17,14 +17,17 @@ from typing import Any
 
 import torch
 
+import arguments
 from operators_base import (
     SVD,
     Composition,
     Constants,
     Operator,
     image_shape,
+    mask_tensor,
     register_operator,
     registered,
+    whole_shape,
 )
 from operators_fourier import MRI, Blur, CompressedSensing, GaussianBlur, MotionBlur, hartley
 from operators_sampling import AveragePool, Bicubic
@@ -60,7 +63,7 @@ def get_operator(name: str, shape: Sequence[int], **options: Any) -> Operator:
     Raises: ValueError for an unknown name, and for an option that it does not have.
     """
     known = registered()
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise ValueError(f"operator {name!r} is unknown; known: {', '.join(sorted(known))}")
     has = _options(known[name])
     unknown = sorted(set(options) - set(has))
@@ -69,7 +72,14 @@ def get_operator(name: str, shape: Sequence[int], **options: Any) -> Operator:
             f"operator {name!r} has no option {', '.join(map(repr, unknown))}; its options are "
             f"{', '.join(has) or 'none'}"
         )
+    for key, value in options.items():
+        if type(has[key]) in _CHECKS:
+            _CHECKS[type(has[key])](**{key: value})
     return known[name](shape, **options)
+
+
+#: What options may be, by the type of their defaults.
+_CHECKS = {int: arguments.whole, float: arguments.real, tuple: arguments.numbers_of}
 
 
 def catalogue() -> dict[str, dict[str, Any]]:
@@ -104,10 +114,10 @@ class Mask(Operator):
         share: float = 0.5,
         seed: int = 0,
     ):
-        shape = tuple(int(n) for n in shape)
+        shape = whole_shape(shape)
         if isinstance(mask, str):
             mask = mask_pattern(mask, shape, share, seed)
-        mask = torch.as_tensor(mask).cpu() != 0
+        mask = mask_tensor(mask)
         try:
             self.mask = mask.expand(shape).clone()
         except RuntimeError:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import arguments
+
 Tensor = torch.Tensor
 
 #: Operators of at most so many numbers in and out get their singular values from a dense matrix.
@@ -109,8 +111,7 @@ class Operator:
     iterations: int = 1000
 
     def __init__(self, shape_in: Sequence[int], shape_out: Sequence[int]):
-        self.shape_in = tuple(int(n) for n in shape_in)
-        self.shape_out = tuple(int(n) for n in shape_out)
+        self.shape_in, self.shape_out = whole_shape(shape_in), whole_shape(shape_out)
 
     def __repr__(self):
         return f"{type(self).__name__}({self.shape_in} -> {self.shape_out})"
@@ -183,10 +184,16 @@ class Operator:
     def _batched(self, fn: Callable, x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
         self._check(x, shape, name)
         lead = x.shape[: x.ndim - len(shape)]
+        if 0 in lead:  # reshape(0, -1) says nothing of the rest
+            return x.new_zeros(*lead, *fn(x.new_zeros(1, *shape)).shape[1:])
         out = fn(x.reshape(-1, *shape))
         return out.reshape(*lead, *out.shape[1:])
 
     def _check(self, x: Tensor, shape: tuple[int, ...], name: str) -> None:
+        if not torch.is_tensor(x):
+            raise arguments.WrongTypeError(
+                f"{type(self).__name__} expected a tensor {name}, got {type(x).__name__}"
+            )
         if tuple(x.shape[x.ndim - len(shape) :]) != shape or x.ndim < len(shape):
             raise ValueError(
                 f"{self!r} expected {name} of shape (B, {', '.join(map(str, shape))}), got "
@@ -194,7 +201,8 @@ class Operator:
             )
         if not x.is_floating_point():
             raise ValueError(
-                f"{type(self).__name__} needs floating-point {name}, got {x.dtype}; use x.float()"
+                f"{type(self).__name__} expected floating-point {name}, got {x.dtype}; "
+                "use x.float()"
             )
 
     def _pinv(self, y: Tensor) -> Tensor:
@@ -310,12 +318,32 @@ def registered() -> dict[str, Callable[..., Operator]]:
     return dict(_OPERATORS)
 
 
+def whole_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """`shape` as a tuple; refused where it is not one of integers >= 1."""
+    if isinstance(shape, str) or not isinstance(shape, Sequence):
+        raise arguments.WrongTypeError(f"expected the shape of one sample, got {shape!r}")
+    arguments.whole(**{f"shape[{i}]": n for i, n in enumerate(shape)})
+    if not shape or min(shape) < 1:
+        raise ValueError(f"expected a shape of integers ≥ 1, of one sample, got {tuple(shape)}")
+    return tuple(int(n) for n in shape)
+
+
+def mask_tensor(mask: Any) -> Tensor:
+    """A mask, true where known, on the CPU, of anything that torch makes a tensor of."""
+    try:
+        return torch.as_tensor(mask).cpu() != 0
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise arguments.WrongTypeError(
+            f"mask: expected a tensor, an array, or the name of a pattern, got {mask!r}"
+        ) from error
+
+
 def image_shape(shape: Sequence[int], name: str) -> tuple[int, int, int]:
     """`shape` as (C, H, W).
 
     Raises: ValueError where it is none.
     """
-    shape = tuple(int(n) for n in shape)
-    if len(shape) != 3 or min(shape) < 1:
+    shape = whole_shape(shape)
+    if len(shape) != 3:
         raise ValueError(f"{name} expected the shape (C, H, W) of one image, got {shape}")
     return shape  # type: ignore[return-value]

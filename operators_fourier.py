@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from operators_base import SVD, Constants, Operator, image_shape
+from operators_base import SVD, Constants, Operator, image_shape, mask_tensor, whole_shape
 
 Tensor = torch.Tensor
 
@@ -125,6 +125,11 @@ class GaussianBlur(Blur):
         _, H, W = image_shape(shape, "blur")
         if not std > 0:
             raise ValueError(f"a Gaussian blur needs std > 0 pixels, got {std}")
+        if size < 0 or size > max(H, W):
+            raise ValueError(
+                f"a blur kernel of {size} pixels does not fit images of {H} x {W}; use a smaller "
+                "size, or 0 to choose it"
+            )
         size = size or min(2 * math.ceil(3 * std) + 1, (min(H, W) - 1) // 2 * 2 + 1)
         super().__init__(shape, gaussian_kernel(std, size), cut)
 
@@ -142,8 +147,12 @@ class MotionBlur(Blur):
     def __init__(
         self, shape: Sequence[int], length: float = 9.0, angle: float = 45.0, cut: float = 0.0
     ):
-        if not length >= 1:
-            raise ValueError(f"a motion blur needs a length ≥ 1 pixel, got {length}")
+        longest = 2 * max(image_shape(shape, "blur")[1:])
+        if not 1 <= length <= longest:
+            raise ValueError(
+                f"a motion blur of these images needs a length of 1 to {longest} pixels, got "
+                f"{length}"
+            )
         super().__init__(shape, motion_kernel(length, angle), cut)
 
 
@@ -178,7 +187,7 @@ class MRI(Operator):
         C, H, W = image_shape(shape, "mri")
         if isinstance(mask, str):
             mask = frequency_pattern(mask, (H, W), acceleration, centre, seed)
-        self.mask = torch.as_tensor(mask).cpu() != 0
+        self.mask = mask_tensor(mask)
         if self.mask.shape != (H, W) or not self.mask.any():
             raise ValueError(
                 f"mri needs a mask of frequencies ({H}, {W}) that keeps some, got "
@@ -264,7 +273,7 @@ class CompressedSensing(Operator):
     """
 
     def __init__(self, shape: Sequence[int], ratio: float = 0.25, seed: int = 0):
-        n = math.prod(int(k) for k in shape)
+        n = math.prod(whole_shape(shape))
         if not 0 < ratio <= 1:
             raise ValueError(f"compressed sensing needs 0 < ratio ≤ 1, got {ratio}")
         m = max(round(ratio * n), 1)

@@ -65,10 +65,10 @@ class Radon(Operator):
         self, shape: Sequence[int], angles: int = 30, span: float = 180.0, detectors: int = 0
     ):
         C, H, W = image_shape(shape, "ct")
-        if angles < 1 or not 0 < span <= 180 or detectors < 0:
+        if not 1 <= angles <= 10_000 or not 0 < span <= 180 or not 0 <= detectors <= 100_000:
             raise ValueError(
-                f"ct needs angles ≥ 1, a span of 0 to 180 degrees and detectors ≥ 0, got {angles}, "
-                f"{span} and {detectors}"
+                f"ct needs 1 to 10,000 angles, a span of 0 to 180 degrees and detectors ≥ 0, "
+                f"got {angles}, {span} and {detectors}"
             )
         detectors = detectors or math.ceil(math.hypot(H, W))
         super().__init__((C, H, W), (C, angles, detectors))

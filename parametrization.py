@@ -23,6 +23,7 @@ from dataclasses import dataclass
 
 import torch
 
+import arguments
 import sde_lib
 from sde_lib import expand
 
@@ -64,6 +65,7 @@ class Point:
 
     @property
     def g(self):
+        """The diffusion g(t)."""
         return sde_lib.drift_diffusion(self.sde, self.t, self.x)[1]
 
     @property
@@ -127,7 +129,7 @@ class Parametrization:
                 f"parametrization {self.output!r} is unknown; known: {sorted(OUTPUTS)}"
             )
         if isinstance(self.time, str) and self.time not in TIME_INPUTS:
-            raise ValueError(f"time input {self.time!r} is unknown; known: {sorted(TIME_INPUTS)}")
+            raise ValueError(f"time_input {self.time!r} is unknown; known: {sorted(TIME_INPUTS)}")
         if not self.sigma_data > 0:
             raise ValueError(f"a parametrization needs sigma_data > 0, got {self.sigma_data}")
 
@@ -236,6 +238,15 @@ def _is_zero(value) -> bool:
     return not torch.is_tensor(value) and value == 0
 
 
+def check_output(output) -> None:
+    """Refuse what a network returned where it is no tensor of real numbers: WrongTypeError."""
+    if not torch.is_tensor(output) or output.is_complex():
+        kind = output.dtype if torch.is_tensor(output) else type(output).__name__
+        raise arguments.WrongTypeError(
+            f"the network returned {kind}; expected one tensor of real numbers, of x's shape"
+        )
+
+
 class ScoreFunction:
     """s(x, t), with three more faces computed from the same network output.
 
@@ -288,12 +299,13 @@ class ScoreFunction:
             onto = Point(self.sde, t, x, par.sigma_data)
             point = _carried(onto, self.trained, par)
         output = self.model_fn(par.network_input(point), par.labels(point), **conditions)
+        check_output(output)
         if output.shape != x.shape:
             raise ValueError(
                 f"the network returned shape {tuple(output.shape)} for an input of shape "
                 f"{tuple(x.shape)}; expected the same"
             )
-        return convert(output, par.output, target, point, onto)
+        return convert(output.to(x.dtype), par.output, target, point, onto)
 
 
 def as_score_function(fn: Callable, sde) -> ScoreFunction:

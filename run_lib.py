@@ -16,7 +16,7 @@ from run_lib_checks import (
     check_same_experiment,
     check_writable,
     lock,
-    remove_unfinished,
+    tidy,
 )
 from run_lib_eval import evaluate
 from run_lib_journal import Journal, log, logging_to, plain, write_json
@@ -96,7 +96,7 @@ def _train(config, workdir: Path) -> tuple[dict[str, Any], int]:
                 held.enter_context(lock(workdir))
                 held.enter_context(logging_to(workdir / "log.txt"))
                 check_same_experiment(config, workdir, training=True)
-                remove_unfinished(workdir)
+                tidy(workdir)
         if not distributed.is_main():
             held.enter_context(logging_to(workdir / "log.txt"))
         with distributed.together():

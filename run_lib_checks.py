@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import distributed
 from configs.validation import flatten
+from files import remove_unfinished
+from files_reading import read_json
 from run_lib_journal import log, plain
 
 #: Objectives whose networks are no scores: they draw no samples and have no likelihood.
@@ -76,7 +78,7 @@ def check_batch(config) -> None:
         raise ValueError(
             f"training.batch_size={batch} is the number of images of all processes together; "
             f"{processes} processes × {parts} micro-batches do not divide it; "
-            f"use --config.training.batch_size={nearest}"
+            f"use --config.training.batch_size={nearest}, or another training.grad_accumulation"
         )
 
 
@@ -91,7 +93,8 @@ def check_same_experiment(config, workdir: Path, training: bool) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    known, asked = (dict(flatten(c)) for c in (json.loads(path.read_text()), plain(config)))
+    known = read_json(path, "the configuration of a run; remove it to start anew")
+    known, asked = (dict(flatten(c)) for c in (known, plain(config)))
     fixed, free = (_COURSE, _FREE) if training else (_WEIGHTS, _NOT_WEIGHTS)
 
     def matters(key: str) -> bool:
@@ -128,18 +131,24 @@ def check_writable(workdir: Path, flag: str = "--workdir") -> None:
         ) from error
 
 
-def remove_unfinished(workdir: Path) -> None:
-    """Remove the unfinished files that killed runs left; for the one that holds the lock."""
-    for path in workdir.glob("checkpoints*/.*.tmp"):
-        path.unlink(missing_ok=True)
+def tidy(workdir: Path) -> None:
+    """Remove the unfinished files that killed trainings left in `workdir`."""
+    remove_unfinished(workdir, "config.json", "history.jsonl")
+    for pattern in ("checkpoints*", "ema", "samples/iter_*"):
+        for folder in workdir.glob(pattern):
+            remove_unfinished(folder, "*")
 
 
 @contextlib.contextmanager
 def lock(workdir: Path) -> Iterator[None]:
-    """Keep a second training out of `workdir`. The system lets go when the process ends, however
-    it ends; where it has no locks there is none.
+    """Keep a second training, or evaluation, out of `workdir`.
 
-    Raises: ValueError where another process holds the folder.
+    The system lets go when the process ends, however it ends: no lock is left behind. It is POSIX's
+    lock of a file, which processes that decode images do not inherit. On NFS it holds between
+    machines where the server runs lockd (NFSv3) or speaks NFSv4; where there are no locks none is
+    taken, and the log says so.
+
+    Raises: ValueError where another process holds the folder: which one, where, and since when.
     """
     try:
         import fcntl
@@ -157,7 +166,11 @@ def lock(workdir: Path) -> Iterator[None]:
             ) from error
         except OSError as error:  # a file system without locks
             log.warning("%s cannot be locked (%s): start no second training in it", workdir, error)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk it is locked all the same
+            file.truncate(0)
+            since = time.strftime("%Y-%m-%d %H:%M:%S")
+            os.write(
+                file.fileno(),
+                f"process {os.getpid()} on {socket.gethostname()}, since {since},\n".encode(),
+            )
         yield

@@ -23,6 +23,7 @@ from models.utils import unwrap
 from randomness import Draws
 from run_lib_dequantization import get_dequantizer
 from run_lib_journal import plain
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
 from run_lib_samples import code_of, conditioned, conditions
 from run_lib_shards import Arrays, Shards, name_of
 from run_lib_state import fixed_subset
@@ -219,7 +220,9 @@ class Bits:
         for a in range(0, len(images), self.config.eval.batch_size):
             b = min(a + self.config.eval.batch_size, len(images))
             of = None if labels is None else labels[a:b]
-            parts.append(self.score(fn, images[a:b], of, draws.rows(a, b), count, dequantizer))
+            what, remedy = f"the likelihood of {b - a} images", remedy_in_evaluation(b - a)
+            with remedy_for_memory(what, remedy):
+                parts.append(self.score(fn, images[a:b], of, draws.rows(a, b), count, dequantizer))
         rows = {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
         shaped = {key: v.reshape(len(chosen), repeats, count) for key, v in rows.items()}
         return {"index": chosen.numpy(), **shaped}

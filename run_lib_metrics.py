@@ -16,6 +16,7 @@ import evaluation_metrics
 import evaluation_stats
 from evaluation_features import get_extractor
 from run_lib_journal import log
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
 from run_lib_samples import code_of
 from run_lib_shards import Shards
 from run_lib_state import data_name, fixed_subset
@@ -41,7 +42,7 @@ def pixel_metrics(samples: torch.Tensor, train_set, eval_set) -> dict[str, Any]:
     if numbers > METRIC_NUMBERS or min(len(samples), len(eval_set)) < 2:
         note = (
             f"no distances on pixels: {numbers} numbers an image (at most {METRIC_NUMBERS}), "
-            f"{len(samples)} samples, {len(eval_set)} held-out images (at least 2 each)"
+            f"{len(eval_set)} held-out images (at least 2, and as many samples)"
         )
         return {"notes": [note]}
     samples, reference = unit(samples), real_images(eval_set, max(len(samples), 300))
@@ -85,12 +86,14 @@ class FeatureMetrics:
                 dataset=data_name(config),
             )
 
-    def __call__(self, samples: Callable[[], np.ndarray], made_by: dict, path: Path) -> dict | None:
+    def __call__(
+        self, samples: Callable[[range], np.ndarray], made_by: dict, path: Path
+    ) -> dict | None:
         """The metrics of the samples, uint8 (n, C, H, W), whose features are kept at `path`; None
         in processes other than the main one.
 
         Args:
-          samples: gives them, where features are yet to be computed.
+          samples: gives those of some places, where features are yet to be computed.
           made_by: what they depend on.
         """
         about = {
@@ -98,12 +101,12 @@ class FeatureMetrics:
         }
         code = code_of(self.extractor.network)
         shards = Shards(path, {"samples": made_by, "code": code, **about})
-        count, images = self.config.eval.num_samples, []
+        count = self.config.eval.num_samples
 
         def work(places: range) -> dict[str, np.ndarray]:
-            images.append(samples()) if not images else None
-            part = torch.from_numpy(images[0][places.start : places.stop])
-            pool, logits = self.extractor(part)
+            what = f"features of {len(places)} images at a time"
+            with remedy_for_memory(what, remedy_in_evaluation(len(places))):
+                pool, logits = self.extractor(torch.from_numpy(samples(places)))
             rows = {"pool": pool.cpu().numpy()}
             return rows if logits is None else {**rows, "logits": logits.cpu().numpy()}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ import sampling
 import sde_lib
 import visualize
 from evaluation_features import as_bytes
+from files import remove_unfinished
+from losses_step import autocast, float32_precision
 from models.utils import get_score_fn, unwrap
 from parametrization import on_process
 from randomness import seed_for
 from run_lib_checks import check_same_experiment, check_writable
 from run_lib_guidance import Guidance
 from run_lib_journal import log, logging_to, plain, progress_bar
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
 from run_lib_shards import name_of
 from run_lib_state import (
     complete_here,
@@ -79,6 +82,18 @@ def score_on(config, sde, process, model):
     if process is sde:
         return score_fn
     return on_process(score_fn, process, eps=config.training.eps)
+
+
+@contextlib.contextmanager
+def sampling_precision(config) -> Iterator[None]:
+    """Within this context networks run in `sampling.precision`.
+
+    One for a whole batch of samples, since autocast keeps the weights that it has cast until its
+    context ends.
+    """
+    name, device = config.sampling.precision, config.device
+    with float32_precision(name, device), autocast(name, device):
+        yield
 
 
 # --- samples by number ----------------------------------------------------------------------
@@ -151,7 +166,9 @@ class Sampler:
         callback = self._keep_frames() if places.start == 0 else None
         seeds = None if self.by_batch else [seed_for(seed, "sample", i) for i in places]
         torch.manual_seed(seed_for(seed, "sample", places.start))
-        samples, evaluations = self._sampling_fn(n, seeds, callback)(self.told(self.known(places)))
+        sampling_fn, remedy = self._sampling_fn(n, seeds, callback), remedy_in_evaluation(n)
+        with remedy_for_memory(f"sampling {n} at a time", remedy), sampling_precision(self.config):
+            samples, evaluations = sampling_fn(self.told(self.known(places)))
         if data_lib.is_points(self.config):
             return samples.float().cpu(), int(evaluations)
         levels = data_lib.quantize(samples, self.config).cpu()
@@ -281,6 +298,8 @@ def sample(
     """
     with distributed.process_group():
         with distributed.together():
+            if num < 1 or first < 0:
+                raise ValueError(f"expected num ≥ 1 and first ≥ 0, got {num} and {first}")
             config, workdir = complete_here(config), Path(workdir)
             config.eval.begin_ckpt = config.eval.end_ckpt = checkpoint
             number = find_checkpoints(config, workdir)[-1]
@@ -288,11 +307,10 @@ def sample(
             name = f"ckpt_{number}.npz" if points else f"ckpt_{number}"
             path = Path(output or workdir / "samples" / name).expanduser()
             write = _writer(path, files=not points)
-            if num < 1 or first < 0:
-                raise ValueError(f"expected num ≥ 1 and first ≥ 0, got {num} and {first}")
             if distributed.is_main():
                 folder = path if write is _write_files else path.parent
                 check_writable(folder, "--output" if output else "--workdir")
+                remove_unfinished(folder, "[0-9]*.png" if folder == path else path.name)
                 check_same_experiment(config, workdir, training=False)
             sde, state = sde_lib.get_sde(config), create_state(config)
             draw = Sampler(config, sde, state["model"], label)

@@ -19,10 +19,13 @@ from checkpoints import restore_checkpoint
 from configs.validation import complete
 from models.utils import create_model, unwrap
 from randomness import seed_for
+from run_lib_journal import log
+from run_lib_memory import batch_that_fits
 
 
 def complete_here(config):
-    """`config` completed, on a device that is there: of several GPUs this process's own.
+    """`config` completed, on a device that is there: of several GPUs this process's own; with a
+    number of images a batch, where it left that to the memory.
 
     Raises: ValueError for a configuration that is wrong, or a device that cannot be used.
     """
@@ -38,6 +41,9 @@ def complete_here(config):
             f"config.device={str(config.device)!r} cannot be used: {reason}; "
             "use --config.device=cpu"
         ) from error
+    if config.eval.batch_size == 0:
+        config.eval.batch_size = batch_that_fits(config)
+        log.info("eval.batch_size=0: %d images fit into memory", config.eval.batch_size)
     return config
 
 
@@ -106,11 +112,15 @@ def find_checkpoints(config, workdir: Path) -> list[int]:
     if -1 in (begin, end) and found:
         begin, end = found[-1] if begin == -1 else begin, found[-1]
     chosen = [number for number in found if begin <= number <= end]
-    if not chosen:
-        there = ", ".join(map(str, found)) or "none (train first; see training.snapshot_freq)"
+    if not found:
         raise FileNotFoundError(
-            f"expected checkpoints {begin} to {end} in {workdir / 'checkpoints'}, found {there}; "
-            "--config.eval.begin_ckpt=-1 takes the newest"
+            f"expected a checkpoint in {workdir / 'checkpoints'}, found none; train first with this "
+            "--workdir (one is written every training.snapshot_freq steps, and at the end)"
+        )
+    if not chosen:
+        raise FileNotFoundError(
+            f"expected checkpoints {begin} to {end} in {workdir / 'checkpoints'}, found "
+            f"{', '.join(map(str, found))}; --config.eval.begin_ckpt=-1 takes the newest"
         )
     return chosen
 
@@ -188,7 +198,24 @@ def load_averages(config, workdir: Path, number: int, state: dict[str, Any]) -> 
             "choose one of these, or 0 for the main average"
         )
     state["step"], state["average"] = wanted["step"], f"exponential moving average, {kind}"
+    compile_once(state["model"], config.eval.compile)
     return weights_hash(state["model"])
+
+
+def compile_once(model: torch.nn.Module, mode: str) -> None:
+    """Compile a network in place, by `eval.compile`, unless it is; '' leaves it as it is.
+
+    Its first call in each shape, and the first whose gradient is asked for, takes a while. CUDA
+    graphs ('reduce-overhead') write an output over the last one, which solvers of several steps
+    still read: it is copied.
+    """
+    network = unwrap(model)
+    if not mode or network._compiled_call_impl is not None:
+        return
+    network.compile(mode=mode)
+    run = network._compiled_call_impl
+    if mode == "reduce-overhead":
+        network._compiled_call_impl = lambda *args, **kwargs: run(*args, **kwargs).clone()
 
 
 def weights_hash(model: torch.nn.Module) -> str:

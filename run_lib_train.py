@@ -27,7 +27,8 @@ from models.utils import unwrap
 from randomness import Draws, seed_for
 from run_lib_checks import NO_SCORE
 from run_lib_journal import Journal, log
-from run_lib_samples import Sampler, conditions, image_shape
+from run_lib_memory import remedy_for_memory, remedy_in_training
+from run_lib_samples import Sampler, conditions, image_shape, sampling_precision
 from run_lib_state import fixed_subset
 
 
@@ -190,8 +191,9 @@ class Run:
         network, first = state["model"], state["step"]
         state["model"] = distributed.parallel(network, config.training.find_unused_parameters)
         vote, number = distributed.Vote(), 0
+        step = f"a step of training.batch_size={config.training.batch_size} images"
         try:
-            with StopSignal() as stop:
+            with StopSignal() as stop, remedy_for_memory(step, remedy_in_training(config)):
                 if first > 0:
                     self._keep(network, journal, stop, again=True)
                 while state["step"] < config.training.n_iters and not number:
@@ -298,6 +300,7 @@ def _sampler(config, sde, model):
         if not share:
             return torch.empty(image_shape(config, 0)), 0, ""
         torch.manual_seed(seed_for(config.seed, "snapshot", distributed.rank()))
+        log.info("sampling %d images for the snapshot (training.snapshot_sampling)", len(share))
         sampling_fn = sampling.get_sampling_fn(
             config,
             draw.process,
@@ -307,8 +310,11 @@ def _sampler(config, sde, model):
             progress=distributed.is_main(),
             callback=stop.heed,
         )
+        remedy = f"use --config.training.num_snapshot_samples={max(len(share) // 2, 1)} or fewer"
+        what = f"sampling {len(share)} at a snapshot"
         try:
-            samples, nfe = sampling_fn(draw.told(draw.known(share)))
+            with remedy_for_memory(what, remedy), sampling_precision(config):
+                samples, nfe = sampling_fn(draw.told(draw.known(share)))
         except FloatingPointError as error:
             return None, 0, str(error)
         except StoppedError:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import torch
 import models.ema
 from checkpoints import restore_checkpoint
 from configs.validation import complete, flatten
+from files_reading import read_json
 from models.utils import create_model
 from run_lib_state import checkpoint_path, list_checkpoints
 
@@ -36,7 +36,7 @@ def load_trained(where: str, key: str, device: str) -> Trained:
 
 @functools.lru_cache(maxsize=2)  # the steps of training and of evaluation share one
 def _load(workdir: Path, path: Path, device: str, written: int) -> Trained:
-    settings = json.loads((workdir / "config.json").read_text())
+    settings = read_json(workdir / "config.json", "the configuration of a run")
     config = complete({**settings, "device": device})
     model = create_model(config)
     state = {

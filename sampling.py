@@ -13,12 +13,14 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+import arguments
 from models.utils import get_score_fn
 from sampling_grids import RHO, check_eps, check_shape, time_grid
 from sampling_langevin import get_langevin_sampler
 from sampling_loop import (
     FiniteWatch,
     Trajectory,
+    check_kind,
     check_seeds,
     class_of,
     is_continuous,
@@ -184,6 +186,9 @@ def get_pc_sampler(
     """
     shape = check_shape(shape)
     check_eps(sde, eps, shape)
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, callback=callback, constrain=constrain, start=start)
+    arguments.optional(arguments.floating, dtype=dtype)
     predictor, corrector = predictor or NonePredictor, corrector or NoneCorrector
 
     def plan():
@@ -229,8 +234,9 @@ def get_pc_sampler(
             watch(i, x)
             if callback is not None:
                 callback(i, float(grid[i]), x, x_mean)
-        watch.check()
-        return inverse_scaler(x_mean if denoise else x), score_fn.nfe - before
+        result = x_mean if denoise else x
+        watch.last(result)
+        return inverse_scaler(result), score_fn.nfe - before
 
     return pc_sampler
 
@@ -274,7 +280,11 @@ def _predict(p, x, vec_t, times, i: int, legacy: bool):
 
 
 def _check_pair(sde, predictor, corrector, snr, n_steps, probability_flow, legacy) -> None:
-    if n_steps < 1 and class_of(corrector) is not NoneCorrector:
+    check_kind(predictor, "predictor")
+    check_kind(corrector, "corrector")
+    none = class_of(corrector) is NoneCorrector
+    arguments.whole(n_steps=1 if none else n_steps)
+    if not none and n_steps < 1:
         raise ValueError(
             f"a corrector needs n_steps ≥ 1, got {n_steps}; use corrector None for none"
         )

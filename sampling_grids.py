@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from numbers import Integral
 
 import torch
 
+import arguments
 import sde_lib
-from sde_lib import alpha_sigma
+from sde_lib import alpha_sigma, check_process
 
 #: Karras et al. 2022, section 3: 5 to 10 all do well.
 RHO = 7.0
@@ -23,18 +25,30 @@ def time_grid(
         uniform in (σ/α)^{1/ρ} (Karras et al. 2022, eq. 5); or a function of (sde, eps, steps).
       rho: the ρ of "karras".
     """
+    arguments.whole(steps=steps)
+    arguments.real(eps=eps, rho=rho)
     if steps < 1:
         raise ValueError(f"sampling needs steps ≥ 1, got {steps}")
     ends = torch.tensor([float(sde.T), eps], dtype=torch.float64)
     if callable(schedule):
-        return _checked(torch.as_tensor(schedule(sde, eps, steps)).cpu().double(), sde, steps)
-    if schedule not in SCHEDULES:
+        return _checked(_as_times(schedule(sde, eps, steps), steps), sde, steps)
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ValueError(f"schedule {schedule!r} is unknown; known: {known}, or a function")
     u = torch.linspace(0, 1, steps, dtype=torch.float64)
     times = SCHEDULES[schedule](sde, ends, u, rho)
     times[0], times[1:][-1:] = ends[0], ends[1]  # free of rounding
     return _checked(times, sde, steps)
+
+
+def _as_times(values, steps: int) -> torch.Tensor:
+    try:
+        return torch.as_tensor(values).detach().cpu().double()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"the schedule must give {steps} falling times, got {values!r} of type "
+            f"{type(values).__name__}; return a tensor or a list of numbers"
+        ) from error
 
 
 def _line(ends: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
@@ -92,6 +106,8 @@ def _checked(times: torch.Tensor, sde, steps: int) -> torch.Tensor:
 
 def check_eps(sde, eps: float, shape) -> None:
     """Refuse an end time outside [0, T) or at which the process has no noise left."""
+    check_process(sde)
+    arguments.real(eps=eps)
     if (
         not 0 <= eps < sde.T
         or not alpha_sigma(sde, torch.tensor([eps]), torch.zeros((1,) * len(shape)))[1].item() > 0
@@ -104,7 +120,8 @@ def check_eps(sde, eps: float, shape) -> None:
 
 def check_shape(shape) -> tuple[int, ...]:
     """`shape` as a tuple; refused where it is not (B, *) of positive numbers."""
-    shape = tuple(int(n) for n in shape)
-    if len(shape) < 2 or min(shape) < 1:
-        raise ValueError(f"expected a shape (B, *) of positive numbers, got {shape}")
-    return shape
+    numbers = tuple(shape) if isinstance(shape, Iterable) else ()
+    whole = all(isinstance(n, Integral) or getattr(n, "ndim", None) == 0 for n in numbers)
+    if len(numbers) < 2 or not whole or min(numbers) < 1:
+        raise ValueError(f"expected a shape (B, *) of positive integers, got {shape!r}")
+    return tuple(int(n) for n in numbers)

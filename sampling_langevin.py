@@ -7,10 +7,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+import arguments
 import sde_lib
 from sampling_grids import check_shape
 from sampling_loop import (
     FiniteWatch,
+    check_kind,
     check_seeds,
     is_continuous,
     score_and_device,
@@ -62,6 +64,11 @@ def get_langevin_sampler(
         process's.
     """
     shape = check_shape(shape)
+    sde_lib.check_process(sde)
+    arguments.whole(steps=steps, n_steps=n_steps)
+    arguments.real(sigma=sigma, half_side=half_side)
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, callback=callback)
     if start not in STARTS:
         raise ValueError(f"start {start!r} is unknown; known: {', '.join(STARTS)}")
     if steps < 1 or n_steps < 1 or not half_side > 0:
@@ -76,6 +83,7 @@ def get_langevin_sampler(
     check_seeds(seeds, shape, corrector)
     level = torch.tensor(-math.log(sigma), dtype=torch.float64)
     t = sde_lib.time_of_half_log_snr(sde, level)
+    check_kind(corrector, "corrector")
     corrector(sde, lambda x, t: x, snr, n_steps)  # refuses what it cannot do, now
 
     @torch.no_grad()
@@ -96,8 +104,9 @@ def get_langevin_sampler(
             watch(i, x)
             if callback is not None:
                 callback(i, float(t), x, x_mean)
-        watch.check()
-        return inverse_scaler(x_mean if denoise else x), score_fn.nfe - before
+        result = x_mean if denoise else x
+        watch.last(result)
+        return inverse_scaler(result), score_fn.nfe - before
 
     return langevin_sampler
 

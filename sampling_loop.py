@@ -11,13 +11,26 @@ from typing import Any
 
 import torch
 
+import arguments
 from models.utils import get_score_fn
-from sampling_steps import LangevinCorrector
+from sampling_steps import Corrector, LangevinCorrector, Predictor
 
 
 def class_of(maker) -> Any:
     """The class that `maker`, a class or a functools.partial of one, makes objects of."""
     return maker.func if isinstance(maker, functools.partial) else maker
+
+
+def check_kind(maker, kind: str) -> None:
+    """Refuse what makes no predictor or corrector, as `kind` says: TypeError."""
+    cls, base = class_of(maker), {"predictor": Predictor, "corrector": Corrector}[kind]
+    other = Corrector if base is Predictor else Predictor
+    steps = getattr(cls, "update_fn", None) or getattr(cls, "step", None)
+    if not callable(cls) or (isinstance(cls, type) and (not steps or issubclass(cls, other))):
+        raise arguments.WrongTypeError(
+            f"{kind}: expected a class of {base.__name__}s, or a functools.partial of one, got "
+            f"{maker!r}; sampling.get_{kind}(name) gives those with a name"
+        )
 
 
 def with_options(maker: Callable, options: Mapping[str, Any], label: str = "") -> Callable:
@@ -66,6 +79,7 @@ def solver_options(config) -> dict[str, Any]:
 
 
 def is_continuous(config) -> bool:
+    """Whether a config trains on continuous times; one that does not say so does."""
     return getattr(getattr(config, "training", None), "continuous", True)
 
 
@@ -73,8 +87,15 @@ def check_seeds(seeds: Sequence[int] | None, shape, corrector=None) -> None:
     """Refuse seeds of a wrong number, and those that a corrector cannot obey."""
     if seeds is None:
         return
+    if isinstance(seeds, str) or not hasattr(seeds, "__len__"):
+        raise arguments.WrongTypeError(
+            f"seeds: expected {shape[0]} integers, one per sample, got {seeds!r}"
+        )
     if len(seeds) != shape[0]:
         raise ValueError(f"expected {shape[0]} seeds, one per sample, got {len(seeds)}")
+    arguments.whole(**{f"seeds[{i}]": seed for i, seed in enumerate(seeds)})
+    if not all(-(2**63) <= seed < 2**64 for seed in seeds):
+        raise ValueError(f"seeds: expected integers of 64 bits, got {list(seeds)}")
     numbers, cls = math.prod(shape[1:]), class_of(corrector)
     langevin = isinstance(cls, type) and issubclass(cls, LangevinCorrector)
     if langevin and numbers < LangevinCorrector.MIN_NUMBERS:
@@ -88,7 +109,7 @@ def check_seeds(seeds: Sequence[int] | None, shape, corrector=None) -> None:
 def score_and_device(sde, model, continuous: bool, device):
     """A network's score, and where its samples live: `device`, else where its parameters are."""
     score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-    return score_fn, torch.device(device or score_fn.device or "cpu")
+    return score_fn, arguments.usable_device(device or score_fn.device or "cpu")
 
 
 class FiniteWatch:
@@ -103,6 +124,11 @@ class FiniteWatch:
         self.first = bad if self.first is None else torch.minimum(self.first, bad)
         if x.device.type == "cpu":
             self.check()
+
+    def last(self, x: torch.Tensor) -> None:
+        """Watch what is returned, which may be no state of the loop but its mean or D."""
+        self(len(self.grid) - 1, x)
+        self.check()
 
     def check(self) -> None:
         """Raise FloatingPointError, naming t, if a state was not finite."""
@@ -148,6 +174,7 @@ class FractionBar:
             self.seen = done
 
     def close(self) -> None:
+        """Close the bar, if there is one."""
         if self.bar is not None:
             self.bar.close()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import arguments
 import sde_lib
 
 
@@ -21,6 +22,11 @@ class NoiseSource:
     ):
         if generator is not None and seeds is not None:
             raise ValueError("expected generator= or seeds=, got both; give one")
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise arguments.WrongTypeError(
+                f"generator: expected a torch.Generator, got {generator!r} of type "
+                f"{type(generator).__name__}; for numbers use seeds="
+            )
         self.generator = generator
         self.seeds = None if seeds is None else [int(s) for s in seeds]
         self._per_sample: list[torch.Generator] = []

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+import arguments
 import ode
 import sde_lib
 from models.utils import get_score_fn, rows_are_free
 from sampling_grids import check_eps, check_shape
 from sampling_loop import (
+    FiniteWatch,
     FractionBar,
     check_seeds,
     is_continuous,
@@ -63,13 +65,15 @@ def get_ode_sampler(
         sample's x where it has come to.
       z: of the returned function, a latent code to decode; by default drawn from the prior.
 
-    Raises: FloatingPointError, naming t, where the drift is not finite; RuntimeError where the
+    Raises: FloatingPointError, naming t, where the drift is not finite; SolverError where the
       solver gives up.
     """
     shape = check_shape(shape)
     check_eps(sde, eps, shape)
     check_seeds(seeds, shape)
-    ode.check_options(method, rtol, atol, steps)
+    ode.check_options(method, rtol, atol, steps, max_nfe)
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, callback=callback)
     options = dict(rtol=rtol, atol=atol, method=method, steps=steps, max_nfe=max_nfe)
     if denoise:
         refuse_bad_tables(sde, sde_lib.VPSDE)
@@ -93,6 +97,7 @@ def get_ode_sampler(
         if denoise:
             p = ReverseDiffusionPredictor(sde, score_fn)
             x = p.update_fn(x, batch_time(x, eps))[1]
+            FiniteWatch(torch.tensor([eps])).last(x)
         return inverse_scaler(x), score_fn.nfe - before
 
     return ode_sampler
@@ -147,9 +152,10 @@ def encode(
       x: data in the network's range, taken to be at time `eps`, by default the process's own.
       rtol, atol, method, steps, max_nfe: of `ode.solve`.
       continuous: whether the network was trained with continuous time.
+
+    Raises: as `get_ode_sampler`; TypeError for an x that is no tensor in floating point.
     """
-    if not x.is_floating_point():
-        raise ValueError(f"encode needs data in floating point, scaled as in training: {x.dtype}")
+    _check_state("encode", x)
     eps = sde.sampling_eps if eps is None else eps
     check_eps(sde, eps, check_shape(x.shape))
     score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
@@ -162,11 +168,22 @@ def encode(
 def decode(sde, model, z: torch.Tensor, *, eps: float | None = None, **options):
     """The data x = x_eps of a latent code z: (x in the network's range, evaluations).
 
-    Options as in `encode`.
+    Options and errors as in `encode`.
     """
+    _check_state("decode", z)
     eps = sde.sampling_eps if eps is None else eps
     sampler = get_ode_sampler(sde, z.shape, lambda x: x, eps=eps, device=z.device, **options)
     return sampler(model, z)
+
+
+def _check_state(name: str, x) -> None:
+    """Refuse what is no state of the ODE, such as the pair that the other direction returned."""
+    if not torch.is_tensor(x) or not x.is_floating_point():
+        kind = x.dtype if torch.is_tensor(x) else type(x).__name__
+        raise arguments.WrongTypeError(
+            f"{name} needs a tensor in floating point, scaled as the network knows it, "
+            f"got {kind}; of the pair that encode and decode return it takes the first"
+        )
 
 
 def round_trip_error(sde, model, x: torch.Tensor, **options) -> torch.Tensor:

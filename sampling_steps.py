@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 import sde_lib
 from parametrization import as_score_function
 from sampling_noise import Stepper
@@ -26,6 +27,8 @@ _SAMPLERS: dict[str, Callable] = {}
 
 
 def add_to(registry: dict, kind: str, obj, name: str | None):
+    """Register `obj`, or what a decorator is given, by `name` or its own; no name twice."""
+
     def register(obj):
         key = name or obj.__name__
         if key in registry:
@@ -53,9 +56,11 @@ def register_sampler(fn=None, *, name: str | None = None):
 
 
 def look_up(registry: dict, kind: str, name: str):
-    if name not in registry and importlib.util.find_spec("solvers"):
+    """What is registered under `name`, in `solvers` too, which is loaded when first needed."""
+    known = isinstance(name, str) and name in registry
+    if not known and importlib.util.find_spec("solvers"):
         importlib.import_module("solvers")
-    if name not in registry:
+    if not isinstance(name, str) or name not in registry:
         raise ValueError(f"{kind} {name!r} is unknown; registered: {sorted(registry)}")
     return registry[name]
 
@@ -282,6 +287,7 @@ class NonePredictor(Predictor):
 
 
 def refuse_bad_tables(sde, kinds) -> None:
+    """Raise where the process is of these kinds and N is too small for its table of β."""
     if isinstance(sde, kinds):
         sde.discrete_betas  # noqa: B018  raises here, not at the first step, where N ≤ beta_max
 
@@ -316,6 +322,8 @@ class _Langevin(Corrector):
 
     def __init__(self, sde, score_fn, snr, n_steps):
         super().__init__(sde, score_fn, snr, n_steps)
+        arguments.real(snr=snr)
+        arguments.whole(n_steps=n_steps)
         if snr < 0:
             raise ValueError(
                 f"a corrector needs snr ≥ 0, got {snr}; the published values are 0.01 to 0.2"

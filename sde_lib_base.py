@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+import arguments
+
 # --- helpers shared by every room ---------------------------------------------------------
 
 
@@ -71,7 +73,7 @@ def get_sde(config) -> SDE:
 
 def sde_named(name: str, config, key: str) -> SDE:
     """The process `name`, the value of the config's `key`, with `config.model`'s parameters."""
-    if name.lower() not in _SDES:
+    if str(name).lower() not in _SDES:
         raise ValueError(f"{key}={name!r} is unknown; known: {sorted(_SDES)}")
     cls: Any = _SDES[name.lower()]
     if hasattr(cls, "from_config"):
@@ -96,6 +98,9 @@ class SDE(abc.ABC):
 
     def __init__(self, N: int):
         super().__init__()
+        arguments.whole(N=N)
+        if N < 1:
+            raise ValueError(f"a process needs N ≥ 1 discretisation steps, got {N}; use 1000")
         self.N = N
 
     @property
@@ -284,8 +289,9 @@ class AffineSDE(SDE):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         # A process that replaces α or σ of another must not keep closed forms of the old ones.
-        inherits = any(b is not AffineSDE and issubclass(b, AffineSDE) for b in cls.__bases__)
-        if inherits and {"alpha", "sigma"} & vars(cls).keys():
+        given = {"alpha", "sigma"} & vars(cls).keys()
+        bases = [base for base in cls.__bases__ if issubclass(base, AffineSDE)]
+        if any(getattr(b, name) is not vars(AffineSDE)[name] for b in bases for name in given):
             for name in ("f", "g2", "lambda_", "inverse_lambda"):
                 if name not in vars(cls):
                     setattr(cls, name, vars(AffineSDE)[name])
@@ -335,6 +341,15 @@ class AffineSDE(SDE):
 
 
 # --- what any process can be asked --------------------------------------------------------
+
+
+def check_process(sde) -> None:
+    """Refuse what is no process: TypeError."""
+    if isinstance(sde, type) or not hasattr(sde, "marginal_prob"):
+        raise arguments.WrongTypeError(
+            f"sde: expected a process such as sde_lib.VPSDE(), got {sde!r} of type "
+            f"{type(sde).__name__}; sde_lib.get_sde(config) makes one by its name"
+        )
 
 
 def is_declared_affine(sde: SDE) -> bool:
@@ -431,10 +446,10 @@ def _probe(fn: Callable, t: torch.Tensor, x: torch.Tensor | None):
         except (IndexError, RuntimeError):
             continue
         if first.shape[0] == 2 * n and first.ndim == ndim:
-            values = first.reshape(2 * n, -1)[:, 0]
+            values = first.flatten(1)[:, 0]
             second = torch.as_tensor(second, dtype=values.dtype, device=values.device)
             second = second if second.ndim else second.expand(2 * n)
-            return values.reshape(2, n), second.reshape(2 * n, -1)[:n, 0]
+            return values.reshape(2, n), second.unsqueeze(-1).flatten(1)[:n, 0]
     raise ValueError(
         f"{fn.__qualname__} accepts no batch of {'2 to 5' if x is None else x.ndim} axes; "
         "expected two tensors, of x's shape and of t's"

@@ -11,6 +11,7 @@ import math
 
 import torch
 
+import arguments
 from sde_lib_base import (
     SDE,
     AffineSDE,
@@ -111,6 +112,7 @@ class RectifiedFlow(_ExactSteps, AffineSDE):
 
     def __init__(self, N=1000, sigma_min: float = 0.0):
         super().__init__(N)
+        arguments.real(sigma_min=sigma_min)
         if not 0 <= sigma_min < 1:
             raise ValueError(f"expected 0 <= sigma_min < 1, got {sigma_min}")
         self.sigma_min = sigma_min
@@ -144,6 +146,7 @@ class _FromSigmas(_ExactSteps):
     sampling_eps = 0.0  # σ(0) = σ_min > 0
 
     def _set_sigmas(self, sigma_min: float, sigma_max: float) -> None:
+        arguments.real(sigma_min=sigma_min, sigma_max=sigma_max)
         if not 0 < sigma_min < sigma_max:
             raise ValueError(f"expected 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
@@ -177,12 +180,18 @@ class EDM(_FromSigmas, AffineSDE):
     def __init__(self, sigma_min=0.002, sigma_max=80.0, rho=7.0, N=1000):
         super().__init__(N)
         self._set_sigmas(sigma_min, sigma_max)
-        if not rho > 0:
-            raise ValueError(f"EDM needs rho > 0, got {rho}; use 7")
+        arguments.real(rho=rho)
+        largest = max(abs(math.log(sigma_min)), abs(math.log(sigma_max)))
+        if not (rho > 0 and largest / rho < 300):  # else σ^{1/ρ} leaves float64
+            raise ValueError(
+                f"EDM needs rho > 0, and no smaller than {largest / 300:.2g} for these "
+                f"sigma_min and sigma_max, got {rho}; use 7"
+            )
         self.rho = rho
 
     @classmethod
     def from_config(cls, config):
+        """The process with `config.model`'s sigma_min, sigma_max, rho and num_scales."""
         m = config.model
         return cls(m.sigma_min, m.sigma_max, m.rho, m.num_scales)
 
@@ -227,6 +236,7 @@ class LinearVE(_FromSigmas, AffineSDE):
 
     @classmethod
     def from_config(cls, config):
+        """The process with `config.model`'s sigma_min, sigma_max and num_scales."""
         return cls(config.model.sigma_min, config.model.sigma_max, config.model.num_scales)
 
     def sigma(self, t):
@@ -259,6 +269,7 @@ class OUVE(_ExactSteps, AffineSDE):
 
     def __init__(self, theta=1.5, sigma_min=0.05, sigma_max=0.5, N=1000):
         super().__init__(N)
+        arguments.real(theta=theta, sigma_min=sigma_min, sigma_max=sigma_max)
         if not (theta > 0 and 0 < sigma_min < sigma_max):
             raise ValueError(
                 "expected theta > 0 and 0 < sigma_min < sigma_max, "
@@ -268,6 +279,7 @@ class OUVE(_ExactSteps, AffineSDE):
 
     @classmethod
     def from_config(cls, config):
+        """The process with `config.model`'s theta, sigma_min, sigma_max and num_scales."""
         m = config.model
         return cls(m.theta, m.sigma_min, m.sigma_max, m.num_scales)
 

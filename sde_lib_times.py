@@ -11,6 +11,7 @@ import math
 
 import torch
 
+import arguments
 from sde_lib_base import (
     SDE,
     alpha_sigma,
@@ -77,6 +78,7 @@ class TimeSampler:
     importance = False
 
     def __init__(self, sde: SDE, eps: float = 1e-5, *, stratified: bool = False):
+        arguments.real(eps=eps)
         if not 0 <= eps < sde.T:
             raise ValueError(f"a time sampler needs 0 ≤ eps < {sde.T}, got {eps}; use 1e-5")
         check_direction(sde)
@@ -138,7 +140,7 @@ class _LambdaSampler(TimeSampler):
         return drift_diffusion(self.sde, t)[1] ** 2 / (2 * alpha_sigma(self.sde, t)[1] ** 2)
 
     def _time(self, lam: torch.Tensor) -> torch.Tensor:
-        return self._inside(time_of_half_log_snr(self.sde, lam))
+        return self._inside(time_of_half_log_snr(self.sde, lam.clamp(min=self.lam_T)))
 
 
 @register_time_sampler(name="likelihood")
@@ -159,6 +161,7 @@ class LikelihoodTimes(_LambdaSampler):
 
     def __init__(self, sde, eps=1e-5, *, stratified=False, truncate: float = 0.0):
         super().__init__(sde, eps, stratified=stratified)
+        arguments.real(truncate=truncate)
         if not 0 <= truncate < self.T:
             raise ValueError(f"training.truncate: expected 0 to {self.T}, got {truncate}")
         self.cut = max(float(truncate), self.eps)
@@ -186,6 +189,7 @@ class _NormalTimes:
     """Quantiles and density of a normal distribution cut to [low, high]."""
 
     def __init__(self, mean: float, std: float, low: float, high: float):
+        arguments.real(mean=mean, std=std)
         if not std > 0:
             raise ValueError(f"training.time_std: expected a number > 0, got {std}")
         self.mean, self.std = mean, std

@@ -16,6 +16,7 @@ import math
 
 import torch
 
+import arguments
 import solvers_adaptive  # noqa: F401  registers its samplers
 from sampling_steps import Predictor, batch_time, register_predictor
 from sde_lib import expand, half_log_snr
@@ -67,6 +68,7 @@ class DDIMPredictor(Solver):
 
     def __init__(self, sde, score_fn, probability_flow=False, *, eta: float = 0.0):
         super().__init__(sde, score_fn, probability_flow)
+        arguments.number(eta=eta)
         if not 0 <= eta <= 1:
             raise ValueError(f"ddim needs 0 ≤ eta ≤ 1, got {eta}; 0 is the ODE, 1 ancestral")
         self.eta = choose_tau(eta, probability_flow, 0.0, "eta")
@@ -158,6 +160,7 @@ class HeunPredictor(Solver):
 
     def __init__(self, sde, score_fn, probability_flow=False, *, alpha: float = 1.0):
         super().__init__(sde, score_fn, probability_flow)
+        arguments.number(alpha=alpha)
         if not 0 < alpha <= 1:
             raise ValueError(
                 f"the two-stage family needs 0 < alpha ≤ 1, got {alpha}; 1 is Heun, 0.5 midpoint"
@@ -203,6 +206,7 @@ class EDMPredictor(HeunPredictor):
         alpha: float = 1.0,
     ):
         super().__init__(sde, score_fn, probability_flow, alpha=alpha)
+        arguments.number(S_churn=S_churn, S_min=S_min, S_max=S_max, S_noise=S_noise)
         if S_min < 0 or S_max < S_min or S_noise < 0:
             raise ValueError(
                 f"edm needs 0 ≤ S_min ≤ S_max and S_noise ≥ 0, got {S_min}, {S_max} and {S_noise}"
@@ -238,6 +242,7 @@ class _OneInside(Solver):
 
     def __init__(self, sde, score_fn, probability_flow=False, *, r: float = 0.5):
         super().__init__(sde, score_fn, probability_flow)
+        arguments.number(r=r)
         if not 0 < r < 1:
             raise ValueError(f"expected 0 < r < 1, got {r}; the published value is 0.5")
         self.r = float(r)

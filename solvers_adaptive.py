@@ -18,9 +18,12 @@ from dataclasses import dataclass
 
 import torch
 
+import arguments
 import sde_lib
+from ode_adaptive import SolverError
 from sampling_grids import check_eps, check_shape
 from sampling_loop import (
+    FiniteWatch,
     FractionBar,
     check_seeds,
     is_continuous,
@@ -46,6 +49,7 @@ class Control:
     max_nfe: int
 
     def __post_init__(self):
+        arguments.number(**vars(self))
         for name, value in vars(self).items():
             if not value > 0:
                 raise ValueError(f"an adaptive sampler needs {name} > 0, got {value}")
@@ -137,7 +141,7 @@ class _Run:
         used, t = self.evaluations(), float(self.method.time(left.max()))
         if stuck.any() or used > self.control.max_nfe:
             why = "the step has become too short" if stuck.any() else f"{used} evaluations"
-            raise RuntimeError(
+            raise SolverError(
                 f"{why} at t = {t:.6g}, with errors up to {float(error.max()):.3g} times what is "
                 f"allowed; raise rtol={self.control.rtol:g}, atol={self.control.atol:g} or "
                 f"max_nfe={self.control.max_nfe}"
@@ -172,13 +176,16 @@ def adaptive_sampler(
       eps: the time at which sampling ends; by default the process's own.
       callback: called as callback(i, t, x, x) after every attempt, t of the sample furthest behind.
 
-    Raises: FloatingPointError where the state is not finite, RuntimeError where max_nfe is
+    Raises: FloatingPointError where the state is not finite, SolverError where max_nfe is
       reached, both naming t.
     """
     shape = check_shape(shape)
     end = sde.sampling_eps if eps is None else eps
     check_eps(sde, end, shape)
     check_seeds(seeds, shape)
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, callback=callback)
+    arguments.optional(arguments.floating, dtype=dtype)
 
     @torch.no_grad()
     def sampler(model):
@@ -196,6 +203,7 @@ def adaptive_sampler(
         x = run(x)
         if denoise:
             x = score_fn.denoise(x, batch_time(x, end))
+            FiniteWatch(torch.tensor([end])).last(x)
         return inverse_scaler(x), score_fn.nfe - before
 
     return sampler
@@ -249,6 +257,7 @@ def get_dpm_solver_adaptive(
     """
     if order not in (2, 3):
         raise ValueError(f"dpm_solver_adaptive needs order 2 or 3, got {order}")
+    sde_lib.check_process(sde)
     if not sde_lib.is_affine(sde):
         raise ValueError(
             f"dpm_solver_adaptive needs λ(t), and the drift or mean of {type(sde).__name__} is not "
@@ -355,6 +364,8 @@ def get_gotta_go_fast(
       theta, max_growth, max_nfe: as in `get_dpm_solver_adaptive`.
       common: the other arguments of `adaptive_sampler`, and its errors.
     """
+    sde_lib.check_process(sde)
+    arguments.number(h0=h0)
     control = Control(rtol, atol, h0 * float(sde.T), theta, exponent, max_growth, max_nfe)
 
     def prepare(score_fn, noise, x, eps):

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
+import arguments
 import sde_lib
 from parametrization import Point, as_score_function
 from sampling_steps import Predictor, batch_time
@@ -46,9 +47,11 @@ class Node:
         return torch.exp(-self.lam)
 
     def centre(self, x: Tensor) -> Tensor:
+        """x − y where the process is bound to y, else x."""
         return x if self.origin is None else x - self.origin
 
     def restore(self, x: Tensor) -> Tensor:
+        """x + y where the process is bound to y, else x."""
         return x if self.origin is None else x + self.origin
 
 
@@ -133,6 +136,7 @@ def choose_tau(
     """τ of the reverse family: 0 for the probability flow, else as given, else the default."""
     if tau is None:
         return 0.0 if probability_flow else default
+    arguments.number(**{name: tau})
     if tau < 0:
         raise ValueError(f"expected {name} ≥ 0, got {tau}")
     if probability_flow and tau > 0:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 from sampling_steps import register_predictor
 from sde_lib import half_log_snr
 from solvers_base import (
@@ -392,6 +393,9 @@ class SASolverPredictor(Multistep):
         self.q = _check_order("predictor_order", predictor_order)
         self.c = _check_order("corrector_order", corrector_order, 0)
         self.memory = max(self.q, self.c)
+        if not isinstance(interval, tuple | list) or len(interval) != 2:
+            raise ValueError(f"sa_solver needs an interval (first, last), got {interval!r}")
+        arguments.number(first=interval[0], last=interval[1])
         low, high = (float(v) * float(sde.T) for v in interval)
         if not low <= high:
             raise ValueError(f"sa_solver needs an interval (first, last), got {interval}")

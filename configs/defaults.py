@@ -148,6 +148,9 @@ def _sampling() -> dict:
         "rho": 7.0,
         # time at which sampling ends; 0.0 = the SDE's own default
         "eps": 0.0,
+        # the network's products: 'fp32', 'tf32' (GPUs), 'bf16' (faster, to three digits; the state
+        # and the solver stay in float32), or '' for torch's own settings
+        "precision": "",
         # keyword options of the predictor, or of the method where it is not 'pc': any keys, checked
         # by what takes them (on the command line, --config.sampling.solver="{'order': 3}")
         "solver": {},
@@ -172,8 +175,11 @@ def _eval() -> dict:
         # whose weights: 0 = the main average's (model.ema_rate); the decay or the relative width
         # (sigma_rel) of another one that the checkpoint holds
         "ema": 0.0,
-        # images per batch
+        # images per batch; 0 = as many as fit into memory, a power of two up to 1024
         "batch_size": 1024,
+        # compile the network of --mode eval and sample: '', 'default', or 'reduce-overhead' (CUDA
+        # graphs, for small batches on a GPU); the first batch takes half a minute or more
+        "compile": "",
         # compute the loss on the evaluation set
         "enable_loss": True,
         # draw samples and score them
@@ -321,6 +327,9 @@ def _data() -> dict:
         "image_threshold": 0.5,
         # images of a path are decoded once and kept where they take at most so many GiB
         "memory_gib": 2.0,
+        # leave out images of a path that cannot be decoded: all are tried at the start, and a
+        # warning counts and names them; else such a file ends the run, named
+        "skip_corrupt": False,
         # processes that decode other images batch by batch; -1 = one per spare core, at most 8;
         # 0 = threads of the process that trains
         "workers": -1,

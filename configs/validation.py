@@ -53,13 +53,28 @@ _AT_LEAST_1: _Range = ("a number >= 1", lambda v: v >= 1)
 _AT_LEAST_0: _Range = ("a number >= 0", lambda v: v >= 0)
 _POSITIVE: _Range = ("a number > 0", lambda v: v > 0)
 _BELOW_1: _Range = ("a number in [0, 1)", lambda v: 0 <= v < 1)
+
+
+def _within(low: float, high: float) -> _Range:
+    """From `low` to `high`: what lies beyond is a slip of the keys, or overflows in float32."""
+    return f"a number from {low:g} to {high:g}", lambda v: low <= v <= high
+
+
+def _count(low: int, high: float) -> _Range:
+    return f"an integer from {low} to {high:,.0f}", lambda v: low <= v <= high
+
+
 _CHECKPOINT: _Range = ("a checkpoint number, or -1 for the newest", lambda v: v >= -1)
 _NAME: _Range = ("a name", bool)
+_PRECISION: _Range = (
+    "'fp32', 'tf32', 'bf16' or ''",
+    lambda v: v in ("fp32", "tf32", "bf16", ""),
+)
 
 _RANGES: dict[str, _Range] = {
-    "seed": _AT_LEAST_0,
+    "seed": _count(0, 2**63 - 1),
     "training.sde": _NAME,
-    "training.batch_size": _AT_LEAST_1,
+    "training.batch_size": _count(1, 10**7),
     "training.n_iters": _AT_LEAST_1,
     "training.snapshot_freq": _AT_LEAST_1,
     "training.log_freq": _AT_LEAST_1,
@@ -67,27 +82,27 @@ _RANGES: dict[str, _Range] = {
     "training.eval_images": _AT_LEAST_0,
     "training.snapshot_freq_for_preemption": _AT_LEAST_1,
     "training.num_snapshot_samples": _AT_LEAST_0,
-    "training.eps": _POSITIVE,
+    "training.eps": _within(1e-12, 1e6),
     "training.time_sampler": _NAME,
-    "training.time_std": _AT_LEAST_0,
+    "training.time_std": _within(0, 100),
     "training.truncate": _AT_LEAST_0,
+    "training.time_mean": _within(-100, 100),
+    "training.anneal_power": _within(-100, 100),
     "training.max_nonfinite": _AT_LEAST_0,
-    "training.min_snr_gamma": _POSITIVE,
-    "training.sigma": _AT_LEAST_0,
-    "training.slices": _AT_LEAST_1,
+    "training.min_snr_gamma": _within(1e-6, 1e6),
+    "training.sigma": _within(0, 1e8),
+    "training.slices": _count(1, 10**5),
     "training.elbo_form": ("'score' or 'implicit'", lambda v: v in ("score", "implicit")),
-    "training.precision": (
-        "'fp32', 'tf32', 'bf16' or ''",
-        lambda v: v in ("fp32", "tf32", "bf16", ""),
-    ),
-    "training.grad_accumulation": _AT_LEAST_1,
+    "training.precision": _PRECISION,
+    "training.grad_accumulation": _count(1, 10**6),
     "training.posthoc_freq": _AT_LEAST_0,
     "sampling.method": _NAME,
-    "sampling.n_steps_each": _AT_LEAST_0,
-    "sampling.snr": _AT_LEAST_0,
-    "sampling.steps": _AT_LEAST_0,
+    "sampling.n_steps_each": _count(0, 10**6),
+    "sampling.snr": _within(0, 1e3),
+    "sampling.steps": _count(0, 10**7),
     "sampling.eps": _AT_LEAST_0,
-    "sampling.rho": _POSITIVE,
+    "sampling.precision": _PRECISION,
+    "sampling.rho": _within(0.05, 1e3),
     "sampling.guidance": (
         "'classifier_free', 'autoguidance', 'classifier' or ''",
         lambda v: v in ("classifier_free", "autoguidance", "classifier", ""),
@@ -96,11 +111,17 @@ _RANGES: dict[str, _Range] = {
         "(low, high) with 0 <= low < high, or ()",
         lambda v: not v or (len(v) == 2 and 0 <= v[0] < v[1]),
     ),
+    "sampling.guidance_weight": _within(-1e6, 1e6),
+    "control.weight": _within(-1e6, 1e6),
     "eval.begin_ckpt": _CHECKPOINT,
     "eval.end_ckpt": _CHECKPOINT,
     "eval.ema": ("0 for the main average, or a decay or width in (0, 1)", lambda v: 0 <= v < 1),
-    "eval.batch_size": _AT_LEAST_1,
-    "eval.num_samples": _AT_LEAST_1,
+    "eval.batch_size": _count(0, 10**7),
+    "eval.compile": (
+        "'', 'default' or 'reduce-overhead'",
+        lambda v: v in ("", "default", "reduce-overhead"),
+    ),
+    "eval.num_samples": _count(1, 10**9),
     "eval.bpd_dataset": ("'train' or 'test'", lambda v: v.lower() in ("train", "test")),
     "eval.bpd_repeats": _AT_LEAST_0,
     "eval.bpd_num_images": _AT_LEAST_0,
@@ -115,40 +136,43 @@ _RANGES: dict[str, _Range] = {
     ),
     "eval.likelihood_eps": _AT_LEAST_0,
     "eval.ode_method": _NAME,
-    "eval.probes": _AT_LEAST_1,
-    "eval.elbo_points": _AT_LEAST_1,
-    "eval.iw_samples": _AT_LEAST_1,
+    "eval.probes": _count(1, 10**6),
+    "eval.elbo_points": _count(1, 10**7),
+    "eval.iw_samples": _count(1, 10**6),
     "eval.dequantization": (
         "'uniform' or 'variational'",
         lambda v: v in ("uniform", "variational"),
     ),
     "eval.gap_images": _AT_LEAST_1,
     "control.task": _NAME,
-    "control.num_images": _AT_LEAST_1,
-    "control.num_samples": _AT_LEAST_1,
+    "control.num_images": _count(1, 10**6),
+    "control.num_samples": _count(1, 10**6),
     "control.mask": _NAME,
-    "control.noise": _AT_LEAST_0,
+    "control.noise": _within(0, 1e6),
     "control.label": ("a class, or -1 for every class in turn", lambda v: v >= -1),
     "control.strength": ("a share of T in (0, 1]", lambda v: 0 < v <= 1),
-    "control.temperature": _POSITIVE,
+    "control.temperature": _within(1e-6, 1e6),
     "data.eval_fraction": ("a number in (0, 1)", lambda v: 0 < v < 1),
-    "data.image_size": _AT_LEAST_1,
-    "data.num_channels": _AT_LEAST_1,
+    "data.image_size": _count(1, 16384),
+    "data.num_channels": _count(1, 4096),
     "data.levels": ("an integer in 2 ... 65536", lambda v: 2 <= v <= 65536),
-    "data.num_points": _AT_LEAST_1,
+    "data.num_points": _count(1, 10**9),
     "data.image_threshold": ("a lightness in (0, 1]", lambda v: 0 < v <= 1),
     "data.logit_alpha": ("a number in [0, 0.5)", lambda v: 0 <= v < 0.5),
     "data.memory_gib": _AT_LEAST_0,
-    "data.workers": ("a number of processes, or -1 for as many as pay", lambda v: v >= -1),
+    "data.workers": (
+        "a number of processes, at most 1024, or -1 for as many as pay",
+        lambda v: -1 <= v <= 1024,
+    ),
     "model.name": _NAME,
-    "model.sigma_data": _POSITIVE,
-    "model.rho": _POSITIVE,
-    "model.theta": _POSITIVE,
-    "model.sigma_min": _POSITIVE,
-    "model.sigma_max": _POSITIVE,
-    "model.beta_min": _AT_LEAST_0,
-    "model.beta_max": _POSITIVE,
-    "model.num_scales": _AT_LEAST_1,
+    "model.sigma_data": _within(1e-8, 1e8),
+    "model.rho": _within(0.05, 1e3),
+    "model.theta": _within(1e-8, 1e3),
+    "model.sigma_min": _within(1e-8, 1e8),
+    "model.sigma_max": _within(1e-8, 1e8),
+    "model.beta_min": _within(0, 1e6),
+    "model.beta_max": _within(1e-8, 1e6),
+    "model.num_scales": _count(1, 10**7),
     "model.ema_rate": _BELOW_1,
     "model.ema_rates": ("numbers in [0, 1)", lambda v: all(0 <= r < 1 for r in v)),
     "model.ema_profiles": (
@@ -156,27 +180,34 @@ _RANGES: dict[str, _Range] = {
         lambda v: all(0 < s < 12**-0.5 for s in v),
     ),
     "model.dropout": _BELOW_1,
-    "model.coordinate_scale": _AT_LEAST_0,
-    "model.num_classes": _AT_LEAST_0,
+    "model.coordinate_scale": _within(0, 1e6),
+    "model.num_classes": _count(0, 10**7),
     "model.label_dropout": _BELOW_1,
-    "model.nf": _AT_LEAST_1,
-    "model.ch_mult": ("one or more integers >= 1", lambda v: v and min(v) >= 1),
-    "model.num_res_blocks": _AT_LEAST_1,
+    "model.nf": _count(1, 65536),
+    "model.ch_mult": (
+        "1 to 14 integers from 1 to 1024",
+        lambda v: 0 < len(v) <= 14 and 1 <= min(v) <= max(v) <= 1024,
+    ),
+    "model.num_res_blocks": _count(1, 1024),
     "model.attn_resolutions": ("integers >= 1", lambda v: all(r >= 1 for r in v)),
-    "model.fir_kernel": ("numbers of non-zero sum", lambda v: sum(v) != 0),
-    "model.init_scale": _AT_LEAST_0,
-    "model.couplings": _AT_LEAST_1,
+    "model.fir_kernel": (
+        "up to 64 numbers of non-zero sum, at most 1e6",
+        lambda v: len(v) <= 64 and sum(v) != 0 and all(abs(n) <= 1e6 for n in v),
+    ),
+    "model.fourier_scale": _within(0, 1e6),
+    "model.init_scale": _within(0, 1e6),
+    "model.couplings": _count(1, 1000),
     "model.spline_bins": ("an integer in 2 ... 64", lambda v: 2 <= v <= 64),
     "optim.optimizer": _NAME,
-    "optim.lr": _POSITIVE,
+    "optim.lr": _within(1e-30, 1e3),
     "optim.beta1": _BELOW_1,
     "optim.beta2": _BELOW_1,
-    "optim.eps": _POSITIVE,
+    "optim.eps": _within(1e-30, 1e3),
     "optim.schedule": (
         "'constant', 'cosine' or 'inverse_sqrt'",
         lambda v: v in ("constant", "cosine", "inverse_sqrt"),
     ),
-    "optim.weight_decay": _AT_LEAST_0,
+    "optim.weight_decay": _within(0, 1e3),
     "optim.warmup": _AT_LEAST_0,
 }
 
@@ -226,9 +257,10 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _resolve_aliases(given: dict[str, Any]) -> dict[str, Any]:
+    known = dict(flatten(defaults.get_default_configs()))
     for alias, key in ALIASES.items():
         if alias in given and (value := given.pop(alias)) != "":
-            given[key] = value
+            given[key] = _cast(alias, value, known[key])
     return given
 
 
@@ -253,14 +285,16 @@ def _assign(config: Any, key: str, value: Any) -> None:
 
 
 def _unknown(key: str, known: list[str]) -> str:
-    if any(name.startswith(f"{key}.") for name in known):
+    if any(name.startswith(f"{key}.") for name in known) or f"{key}." in FREE:
         return f"config.{key}: expected a section of keys, got a value; write config.{key}.<name>"
+
+    asked = key.lower()
 
     def likeness(name: str) -> float:
         def ratio(a: str, b: str) -> float:
             return difflib.SequenceMatcher(None, a, b).ratio()
 
-        return ratio(key, name) + ratio(key.split(".")[-1], name.split(".")[-1])
+        return ratio(asked, name) + ratio(asked.split(".")[-1], name.split(".")[-1])
 
     nearest = max(known, key=likeness)
     return (
@@ -289,10 +323,10 @@ def _cast(key: str, value: Any, default: Any) -> Any:
     if kind == "tuple":
         entries = _entries(key)[0]
         fits = isinstance(value, list | tuple) and all(
-            isinstance(v, entries) and not isinstance(v, bool) for v in value
+            isinstance(v, entries) and not isinstance(v, bool) and _is_finite(v) for v in value
         )
     elif kind == "float":
-        fits = number and math.isfinite(value)
+        fits = number and _is_finite(value)
     elif kind == "int":
         fits = number and isinstance(value, int)
     else:
@@ -310,6 +344,15 @@ def _cast(key: str, value: Any, default: Any) -> Any:
             f"the default is {default!r}"
         )
     return type(default)(value)
+
+
+def _is_finite(value: Any) -> bool:
+    if isinstance(value, str):
+        return True
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 def _entries(key: str) -> tuple[Any, str]:

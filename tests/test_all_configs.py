@@ -21,6 +21,7 @@ from controllable_generation import guided_from_config
 from models import ema, utils
 from parametrization import as_score_function
 from run_lib_checks import NO_SCORE
+from run_lib_samples import sampling_precision
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLISHED = sorted(json.loads((ROOT / "tests/data/published_configs.json").read_text())["configs"])
@@ -137,7 +138,8 @@ def test_networks_optimizer_and_samplers_read_every_key_of_theirs():
         config = Recording(scaled_down(path), seen)
         state = create_state(config)
         if path in SCORES:
-            get_sampler(config)(state["model"])
+            with sampling_precision(config):
+                get_sampler(config)(state["model"])
             step_fn(config, train=True)
         sde_lib.OUVE.from_config(config)  # no configuration's process
     guided = scaled_down(SHIPPED[0])

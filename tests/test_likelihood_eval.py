@@ -343,21 +343,21 @@ def test_a_killed_part_goes_on_where_it_ended(gaussian, monkeypatch, part):
     whole = evaluated(workdir, "whole", {"eval__batch_size": 7})
     write, folder, written = run_lib_shards.Shards._write, f"killed_{part}", []
 
-    def die(self, path, arrays, places, compress=False):
+    def die(self, path, arrays, places):
         if self.path.stem == f"ckpt_1_{part}":
             if written:
                 raise Killed
             written.append(places)
-        write(self, path, arrays, places, compress)
+        write(self, path, arrays, places)
 
     monkeypatch.setattr(run_lib_shards.Shards, "_write", die)
     with pytest.raises(Killed):
         evaluated(workdir, folder, {"eval__batch_size": 2})
     redone = []
 
-    def note(self, path, arrays, places, compress=False):
-        redone.extend((self.path.stem, place) for place in places if path != self.path)
-        write(self, path, arrays, places, compress)
+    def note(self, path, arrays, places):
+        redone.extend((self.path.stem, place) for place in places)
+        write(self, path, arrays, places)
 
     monkeypatch.setattr(run_lib_shards.Shards, "_write", note)
     result = evaluated(workdir, folder, {"eval__batch_size": 2})

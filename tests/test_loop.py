@@ -123,7 +123,7 @@ def test_options_follow_keyword_arguments_up_the_ancestors():
 def test_solver_is_a_free_section_of_the_config():
     settings = complete(config(solver={"order": 3, "form": "noise"}))
     assert settings.sampling.solver.to_dict() == {"order": 3, "form": "noise"}
-    with pytest.raises(ValueError, match=r"sampling\.rho: expected a number > 0"):
+    with pytest.raises(ValueError, match=r"sampling\.rho: expected a number"):
         config(rho=0.0)
 
 

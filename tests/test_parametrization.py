@@ -394,7 +394,7 @@ def test_wrong_output_shape_is_refused():
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="'epsilon' is unknown; known"):
         par.as_parametrization("epsilon")
-    with pytest.raises(ValueError, match="time input"):
+    with pytest.raises(ValueError, match="time_input"):
         Parametrization("noise", "steps")
 
 

@@ -767,7 +767,7 @@ def test_declared_parametrization_is_read_from_the_config():
     assert declared(parametrization="preconditioned", time_input="sigma").time == "sigma"
     with pytest.raises(ValueError, match="time_input='sigma' needs"):
         declared(time_input="sigma")
-    with pytest.raises(ValueError, match="time input 'steps' is unknown"):
+    with pytest.raises(ValueError, match="time_input 'steps' is unknown"):
         declared(parametrization="v", time_input="steps")
     with pytest.raises(ValueError, match="sigma_data"):
         config("vpsde", sigma_data=0.0)
