@@ -151,14 +151,17 @@ def _check_optimizer(path, optimizer: Any, got: Mapping) -> None:
     moments = {"step", "exp_avg", "exp_avg_sq"} if adam else set()
     if any(group.get("amsgrad") for group in groups[1]):
         moments |= {"max_exp_avg_sq"}
+    numbers = [number for group in groups[1] for number in group["params"]]
     if (
         not isinstance(state, Mapping)
+        or len(set(numbers)) < len(numbers)
+        or not {number for number in state if isinstance(number, int)} <= set(numbers)
         or not all(name in group for group in groups[1] for name in needed)
         or not all(moments <= m.keys() and _is_step(m.get("step", 0)) for m in state.values() if m)
     ):
         raise ValueError(
-            f"{path}: expected an optimizer's state with {', '.join([*needed, *sorted(moments)])}, "
-            "got one without some of them; the file is damaged: use a copy that is whole"
+            f"{path}: expected an optimizer's state with {', '.join([*needed, *sorted(moments)])} "
+            "of its parameters, got another; the file is damaged: use a copy that is whole"
         )
 
 

@@ -118,15 +118,18 @@ def unet_config(config) -> dict[str, Any]:
 def _check_fixed(config) -> None:
     name = config.model.name
     if name != "ncsnpp":
-        raise ValueError(f"diffusers' VE networks need model.name 'ncsnpp', got {name!r}")
+        raise ValueError(
+            f"of networks only VE NCSN++ can be written for diffusers: expected model.name 'ncsnpp', "
+            f"got {name!r}; use --format safetensors or score_sde"
+        )
     for key, value in _FIXED.items():
         section, _, option = key.partition(".")
         got = config[section].get(option, value)
         got = got.lower() if isinstance(got, str) else got
         if (tuple(got) if isinstance(got, list) else got) != value:
             raise ValueError(
-                f"diffusers' VE networks need {key}={value!r}, got {got!r}; use --format "
-                "safetensors or score_sde for this network"
+                f"of networks only VE NCSN++ can be written for diffusers, with {key}={value!r}, "
+                f"got {got!r}; use --format safetensors or score_sde for this network"
             )
 
 
@@ -209,10 +212,11 @@ def read(path: Path) -> dict[str, Any]:
         for key, value in weights.items()
     }
     about = read_json(notes, "notes of score-sde") if notes.exists() else {}
-    if "sha256" in about and about["sha256"] != tensors_hash(model):
+    older = about.keys() <= {"step"}  # without a SHA-256
+    if not older and about.get("sha256") != tensors_hash(model, about):
         raise ValueError(
-            f"{path} is not a checkpoint that can be read: the tensors of {file.name} do not have "
-            f"the SHA-256 in {notes.name}; one was damaged: use a copy that is whole"
+            f"{path} is not a checkpoint that can be read: {file.name} and {notes.name} do not "
+            "have the SHA-256 noted there; one was damaged: use a copy that is whole"
         )
     return {"layout": "diffusers", "model": model, "step": about.get("step", 0), "unet": unet}
 
@@ -290,7 +294,8 @@ def write(path: Path, weights: Mapping[str, torch.Tensor], network, step: int) -
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pipeline.save_pretrained(str(temporary))
-        notes = {"step": step, "sha256": tensors_hash(unet.state_dict())}
+        notes: dict[str, Any] = {"step": step}
+        notes["sha256"] = tensors_hash(unet.state_dict(), notes)
         (temporary / "score_sde.json").write_text(json.dumps(notes))
         os.replace(temporary, path)
     except Exception as error:  # safetensors has errors of its own for a full disk

@@ -106,7 +106,7 @@ def _write_safetensors(path: Path, content: Mapping[str, Any], network) -> None:
         updates = "" if ema["num_updates"] is None else str(ema["num_updates"])
         notes.update(decay=repr(float(ema["decay"])), num_updates=updates)
     tensors = {key: value.contiguous() for key, value in tensors.items()}
-    data = save(tensors, notes | {"sha256": tensors_hash(tensors)})
+    data = save(tensors, notes | {"sha256": tensors_hash(tensors, notes)})
     if getattr(network, "config", None) is not None:  # first: where it is killed, nothing is there
         _write_config(path.with_suffix(".json"), network.config)
     write_atomically(path, lambda file: file.write(data))

@@ -44,11 +44,12 @@ def reader(path: Path) -> Callable[[Path], dict[str, Any]] | None:
 def read_safetensors(path: Path) -> dict[str, Any]:
     """A file of `checkpoints_export`: tensors 'model.<key>' and 'ema.<key>', step and decay."""
     tensors, notes = load_safetensors(path)
-    recorded = notes.get("sha256")  # not in files of older versions
-    if recorded and recorded != tensors_hash(tensors):
+    # Files of older versions, without a SHA-256, have these notes.
+    older = notes.keys() <= {"format", "step", "decay", "num_updates"}
+    if not older and notes.get("sha256") != tensors_hash(tensors, notes):
         raise ValueError(
-            f"{path} is not a checkpoint that can be read: its tensors do not have the SHA-256 "
-            "that is noted in it; the file was damaged: use a copy that is whole"
+            f"{path} is not a checkpoint that can be read: its tensors and notes do not have the "
+            "SHA-256 that is noted in it; the file was damaged: use a copy that is whole"
         )
     parts = {
         part: {
@@ -159,9 +160,20 @@ def _is_average(average: Mapping[str, Any]) -> bool:
     )
 
 
+#: What torch's optimizers may be told besides numbers; None is its choice.
+_SWITCHES = (
+    *("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused", "nesterov"),
+    "decoupled_weight_decay",
+)
+
+
 def _is_group(group: Any) -> bool:
-    """A group of parameters; its numbers, where it has them, are finite."""
+    """A group of parameters; its numbers, where it has them, are finite, its switches switches."""
     if not isinstance(group, Mapping) or not isinstance(group.get("params"), list):
+        return False
+    if not all(type(number) is int for number in group["params"]):
+        return False
+    if not all(isinstance(group.get(key), bool | None) for key in _SWITCHES):
         return False
     numbers = [group.get(key, 0.0) for key in ("lr", "eps", "weight_decay")]
     try:

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from data_lib import ImageSet
     from data_lib_files import ImageFiles
 
@@ -63,7 +65,7 @@ def train_batches(
     generator is closed or dropped.
 
     Raises ValueError for a batch size below 1 or rows that the batch does not have, and, when an
-    image is reached that cannot be decoded, naming it; RuntimeError where a worker dies.
+    image is reached that cannot be decoded, naming it; ChildProcessError where a worker dies.
     """
     _check_batch_size(batch_size)
     if part is not None and (not len(part) or min(part) < 0 or max(part) >= batch_size):
@@ -185,7 +187,10 @@ def _by_processes(
     files: ImageFiles, workers: int, places: Iterator[np.ndarray]
 ) -> Iterator[torch.Tensor]:
     """Decode in worker processes, in order, each ``AHEAD`` batches ahead."""
-    pool = ProcessPoolExecutor(workers, initializer=_begin_worker, initargs=(files, os.getpid()))
+    ended, word = multiprocessing.Pipe(duplex=False)
+    pool = ProcessPoolExecutor(
+        workers, initializer=_begin_worker, initargs=(files, os.getpid(), ended, word)
+    )
 
     def ask(count: int) -> list[Future]:
         with _signals_held_back():  # workers may be started by any of these
@@ -200,36 +205,41 @@ def _by_processes(
             ahead.extend(ask(1))
             yield torch.from_numpy(images)
     except BrokenProcessPool as error:
-        raise RuntimeError(
+        raise ChildProcessError(
             f"expected images from {workers} processes that decode them, got: one of them was "
             "killed; where memory is short, use fewer by --config.data.workers, or "
             "--config.data.workers=0 for threads of this process"
         ) from error
-    finally:
+    finally:  # the word first: a worker that was killed may have kept the lock of the pool's queue
+        word.close()
         pool.shutdown(cancel_futures=True)
+        ended.close()
 
 
-def _begin_worker(files: ImageFiles, trainer: int) -> None:
+#: In a worker: the image files that it decodes, handed over once and not with every batch.
+_FILES: list[ImageFiles] = []
+
+
+def _begin_worker(files: ImageFiles, trainer: int, ended: Connection, word: Connection) -> None:
     """Leave it to the process that trains when to end: signals to the whole group are for that.
 
     A job that is to save and go gets SIGTERM or SIGINT in all its processes, and the step that it
     is in still needs its images. A worker ends when the process that trains says so or is no more.
     """
-    _read.files = files  # pyright: ignore[reportFunctionMemberAccess]
+    _FILES[:] = [files]
+    word.close()  # that of the process that trains is the last
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(
-        target=_end_after, args=(multiprocessing.parent_process(),), daemon=True
-    ).start()
-    if hasattr(signal, "sigwaitinfo"):
+    if hasattr(signal, "sigwaitinfo"):  # before any other thread begins, which would take it
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_at_the_word_of, args=(trainer,), daemon=True).start()
     elif hasattr(signal, "pthread_sigmask"):  # macOS, where any SIGTERM ends the worker
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_after, args=(ended,), daemon=True).start()
 
 
-def _end_after(trainer) -> None:
-    trainer.join()
+def _end_after(ended: Connection) -> None:
+    ended.poll(None)  # its other end is closed, or who held it is no more
     os._exit(0)
 
 
@@ -242,6 +252,6 @@ def _end_at_the_word_of(trainer: int) -> None:
 def _read(places: np.ndarray) -> np.ndarray | ValueError:
     """In a worker: the images at some places, or why there are none."""
     try:
-        return _read.files.read(places, threads=1).numpy()  # pyright: ignore[reportFunctionMemberAccess]
+        return _FILES[0].read(places, threads=1).numpy()
     except (OSError, ValueError) as error:
         return ValueError(str(error))  # a raised one would arrive wrapped in tracebacks

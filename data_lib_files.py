@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
@@ -28,6 +29,9 @@ SMALL_FILE = 8192
 MANY_DAMAGED = 10
 #: What EXTENSIONS are; Pillow knows formats, such as PostScript, that run other programs.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+
+#: Errors of the machine and not of a file: another process, or start, may read that file.
+_PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT)
 
 log = logging.getLogger("score_sde")
 
@@ -128,7 +132,7 @@ class ImageFiles:
         Which these are depends on the files alone, so that every process, and every start on the
         same files, has the same set in the same order.
 
-        Raises ValueError where none is left.
+        Raises ValueError where none is left; OSError where the machine fails, and not a file.
         """
         what = f"checking {self.source.path}"
         failures = self._decode_all(self.rows, None, 0, what, True)
@@ -186,6 +190,8 @@ class ImageFiles:
         try:
             return decode(self.source.content(row), self.shape[0], self.shape[1], self.crop)
         except Exception as error:  # decoders of damaged files raise nearly anything
+            if isinstance(error, OSError) and error.errno in _PASSING:
+                raise
             raise ValueError(
                 f"{self.source.path}/{printable(self.source.index.names[row])}: expected an image, "
                 f"got a file that cannot be decoded ({type(error).__name__}: {error}); replace or "

@@ -99,12 +99,7 @@ class Npz:
 
     def _header(self, archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> tuple[tuple, str]:
         with archive.open(entry) as file:
-            version = np.lib.format.read_magic(file)
-            read = {
-                (1, 0): np.lib.format.read_array_header_1_0,
-                (2, 0): np.lib.format.read_array_header_2_0,
-            }[version]
-            shape, _, dtype = read(file)
+            shape, _, dtype = array_header(file)
             rest = entry.file_size - file.tell()
         if dtype.hasobject:
             raise ValueError(f"{entry.filename} holds Python objects, which are never loaded")
@@ -113,11 +108,20 @@ class Npz:
         return shape, dtype.kind
 
     def _damaged(self, error: Exception) -> ValueError:
-        reason = str(error) or type(error).__name__
+        reason = str(error)[:300] or type(error).__name__  # zipfile quotes the whole file
         return ValueError(
             f"{self.path}: expected a .npz of plain arrays, got a file that cannot be read "
             f"(truncated, damaged, or of another kind): {reason}; make or fetch it again"
         )
+
+
+def array_header(file: Any) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """The shape of the .npy that begins here, whether it lies column by column, and its numbers."""
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }[np.lib.format.read_magic(file)]
+    return read(file)
 
 
 # --- torch.save -----------------------------------------------------------------------------
@@ -158,6 +162,8 @@ def load_torch(path: str | os.PathLike, device=None, *, mmap=False, what="checkp
             loaded = torch.load(path, map_location=device, weights_only=True, mmap=mmap or None)
         if sizes is not None:
             _check_storages(loaded, sizes)
+    except torch.OutOfMemoryError:  # of the device: nothing is wrong with the file
+        raise
     except Exception as error:  # damaged bytes fail in a dozen ways
         raise ValueError(
             f"{path} is not a {what} that can be read (truncated, damaged, or of another "
@@ -254,11 +260,12 @@ def _reason(error: Exception) -> str:
 
 
 def _numpy_scalars() -> list:
-    """What a NumPy float64 is pickled by, under NumPy 1 and 2: score_sde_pytorch saves its
+    """What a NumPy number is pickled by, under NumPy 1 and 2: score_sde_pytorch saves its
     learning rate as one."""
     scalar: Any = np.float64(0).__reduce__()[0]
     names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
-    return [np.dtype, type(np.dtype(np.float64)), *((scalar, name) for name in names)]
+    kinds = {type(np.dtype(code)) for code in "?" + np.typecodes["AllInteger"] + "efd"}
+    return [np.dtype, *kinds, *((scalar, name) for name in names)]
 
 
 # --- safetensors ----------------------------------------------------------------------------
@@ -285,10 +292,12 @@ def load_safetensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str
         ) from error
 
 
-def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of names, types, shapes and numbers: safetensors itself has no checksum."""
-    digest = hashlib.sha256()
+def tensors_hash(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, Any]) -> str:
+    """SHA-256 of names, types, shapes and numbers, and of notes on them, but for one called
+    'sha256': safetensors itself has no checksum."""
+    noted = sorted((key, str(value)) for key, value in notes.items() if key != "sha256")
+    digest = hashlib.sha256(json.dumps(noted).encode())
     for key, value in sorted(tensors.items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

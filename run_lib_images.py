@@ -92,9 +92,7 @@ def _decode(path: Path, size: int, channels: int, fit: bool, recolour: bool = Fa
             f"{path}: expected an image without transparent pixels, which would be laid on white; "
             "flatten it, or set --config.control.fit=True"
         )
-    if (
-        colours is not None
-    ):  # a grey picture may be saved with a palette, or with three equal channels
+    if colours is not None:  # grey may be saved with a palette, or with three equal channels
         wrong = np.ptp(colours, axis=0).max() > 2
     else:
         wrong = mode in ("1", "L", "LA", "F") or mode.startswith("I")

@@ -129,7 +129,7 @@ def _memory(device: torch.device) -> float:
         free, total = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + unused if alone else total
-    limits = [_address_space(), *_host_memory(free=alone)]
+    limits = [_address_space(free=alone), *_host_memory(free=alone)]
     return min(limit for limit in limits if limit) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -142,24 +142,31 @@ def _host_memory(free: bool) -> Iterator[float]:
             fields[name] = 1024.0 * int(value)
     total = fields.get("MemTotal", 8 * 2.0**30)  # of a system that does not say
     yield fields.get("MemAvailable", total / 2) if free else total
-    for limit, used in _CGROUPS:
+    for folder, limit, used, cached in _CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # 'max' where there is none
-            most = float(Path(limit).read_text())
-            yield max(most - float(Path(used).read_text()), 1) if free else most
+            most = float(Path(folder, limit).read_text())
+            yield max(most - _used(folder, used, cached), 1) if free else most
 
 
-#: Files of a container's limit and of what it uses, of both versions of control groups.
+#: Of both versions of control groups: the folder, the files of a container's limit and of what it
+#: uses, and the line of memory.stat that says how much of that is files read earlier, which go
+#: where room is needed.
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
     (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        *("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+        "total_inactive_file",
     ),
 )
 
 
-def _address_space() -> float:
-    """Bytes left of the address space where `ulimit -v` limits it, else 0."""
+def _used(folder: str, used: str, cached: str) -> float:
+    stat = dict(line.split() for line in Path(folder, "memory.stat").read_text().splitlines())
+    return float(Path(folder, used).read_text()) - float(stat.get(cached, 0))
+
+
+def _address_space(free: bool) -> float:
+    """Bytes of the address space, or those left, where `ulimit -v` limits it, else 0."""
     try:
         import resource
     except ImportError:  # Windows
@@ -167,5 +174,8 @@ def _address_space() -> float:
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     if limit == resource.RLIM_INFINITY:
         return 0.0
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = 0
+    if free:
+        with contextlib.suppress(OSError):  # of a system without /proc
+            pages = int(Path("/proc/self/statm").read_text().split()[0])
     return max(limit - pages * resource.getpagesize(), 1.0)

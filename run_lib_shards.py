@@ -18,7 +18,7 @@ import numpy as np
 import distributed
 import visualize
 from files import remove_unfinished, write_atomically
-from files_reading import UNREADABLE
+from files_reading import UNREADABLE, array_header
 from run_lib_journal import log, progress_bar
 
 Arrays = dict[str, np.ndarray]
@@ -180,10 +180,8 @@ class Rows:
         self.path = path
         with contextlib.ExitStack() as opened:
             archive = opened.enter_context(zipfile.ZipFile(path))
-            self.file = opened.enter_context(archive.open(f"{key}.npy"))
-            version = np.lib.format.read_magic(self.file)
-            head = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
-            self.shape, fortran, self.dtype = head(self.file)
+            self.file: Any = opened.enter_context(archive.open(f"{key}.npy"))
+            self.shape, fortran, self.dtype = array_header(self.file)
             if self.dtype.hasobject or not self.shape:
                 raise ValueError(f"{path}: expected {key} as numbers, row by row")
             if fortran:  # column by column: a transposed array, which was in memory when written
@@ -204,7 +202,7 @@ class Rows:
         count = max(min(places.stop, self.shape[0]) - places.start, 0)
         found = np.empty((count, *self.shape[1:]), self.dtype)
         self.file.seek(self.begin + places.start * self.size)
-        space = memoryview(found.reshape(-1).view(np.uint8))
+        space = found.reshape(-1).view(np.uint8).data
         while len(space):
             read = self.file.readinto(space[:_CHUNK])
             if not read:
@@ -236,7 +234,7 @@ def _merge_rows(entry, key: str, files: list[Path], owner: np.ndarray, row: np.n
             shift = int(row[first]) - first
             for i in range(first, last, step):
                 part = rows.take(range(i + shift, min(i + step, last) + shift))
-                entry.write(memoryview(part.reshape(-1).view(np.uint8)))
+                entry.write(part.reshape(-1).view(np.uint8).data)
 
 
 def _runs(places: list[int], size: int, *, aligned: bool) -> Iterator[range]:

@@ -293,14 +293,16 @@ def _sampler(config, sde, model):
                 "--config.training.snapshot_sampling=False"
             )
         return None
-    share = distributed.share(t.num_snapshot_samples or min(t.batch_size, 64))
+    count = t.num_snapshot_samples or min(t.batch_size, 64)
+    share = distributed.share(count)
     draw = Sampler(config, sde, model)
 
     def sample(stop: StopSignal) -> tuple[Any, int, str]:
         if not share:
             return torch.empty(image_shape(config, 0)), 0, ""
         torch.manual_seed(seed_for(config.seed, "snapshot", distributed.rank()))
-        log.info("sampling %d images for the snapshot (training.snapshot_sampling)", len(share))
+        if distributed.is_main():
+            log.info("sampling %d images for the snapshot (training.snapshot_sampling)", count)
         sampling_fn = sampling.get_sampling_fn(
             config,
             draw.process,

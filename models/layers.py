@@ -109,22 +109,40 @@ class _NormalizedSiLU(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bias, mean, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():  # a second derivative will be asked for
-            y = F.silu(torch.group_norm(x, ctx.groups, weight, bias, ctx.eps))
+        again = torch.is_grad_enabled()  # a second derivative will be asked for
+        if again or _is_batch_of_products(grad):
+            with torch.enable_grad():
+                z = x.contiguous()  # of batches torch 2.6 knows no other layout
+                y = F.silu(torch.group_norm(z, ctx.groups, weight, bias, ctx.eps))
             given = [v for v, due in zip((x, weight, bias), wanted, strict=True) if due]
-            found = iter(torch.autograd.grad(y, given, grad, create_graph=True))
+            found = iter(torch.autograd.grad(y, given, grad, create_graph=again))
             return *(next(found) if due else None for due in wanted), None, None
         h = _normalized(x, weight, bias, ctx.groups, ctx.eps)[0]
         slope = torch.ops.aten.silu_backward(grad, h)
         del h
+        slope = slope.contiguous(memory_format=_layout(x))
         grads = torch.ops.aten.native_group_norm_backward(
             slope, x, mean, rstd, weight, *_sizes(x), ctx.groups, list(wanted)
         )
         return *grads, None, None
 
 
+def _is_batch_of_products(grad) -> bool:
+    """Whether this is a tensor of torch.func.vmap or of `is_grads_batched`, whose layout is torch's
+    affair."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
+
+
 def _sizes(x):
     return x.shape[0], x.shape[1], math.prod(x.shape[2:])
+
+
+def _layout(x):
+    """Channels last, or contiguous: what torch's kernels know. Those of 2.6 read whatever they are
+    given as if it lay so."""
+    last = x.ndim == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
 
 
 def _normalized(x, weight, bias, groups, eps):
@@ -138,20 +156,30 @@ def activated(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Of SiLU after GroupNorm on a CPU, where fresh memory is what costs, the normalised x is neither
     kept nor copied. In 16 bits it is not worth the conversions.
     """
-    fusible = isinstance(act, nn.SiLU) and isinstance(norm, GroupNorm) and x.device.type == "cpu"
-    if not fusible or at_least_float32(x) is not x or _other_derivatives(x):
+    fusible = _only_forward(act, nn.SiLU) and _only_forward(norm, GroupNorm)
+    wide = x.device.type == "cpu" and at_least_float32(x) is x
+    if not (fusible and wide) or _other_derivatives():
         return act(norm(x))
     weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        x = x.contiguous(memory_format=_layout(x))
         return _NormalizedSiLU.apply(x, weight, bias, norm.num_groups, norm.eps)
     return F.silu(norm(x), inplace=True)
 
 
-def _other_derivatives(x) -> bool:
-    """Whether a compiler, a transform of torch.func or forward mode looks at operations on x."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return forward_ad.unpack_dual(x).tangent is not None
+def _only_forward(module: nn.Module, kind: type) -> bool:
+    """Whether calling `module` runs `kind.forward` and no more: no subclass's, no hooks."""
+    hooks = (
+        *(module._forward_pre_hooks, module._forward_hooks),
+        *(module._backward_pre_hooks, module._backward_hooks),
+    )
+    return type(module) is kind and not any(hooks)
+
+
+def _other_derivatives() -> bool:
+    """Whether a compiler, a transform of torch.func or forward mode looks at single operations."""
+    looked_at = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return looked_at or forward_ad._current_level >= 0
 
 
 def group_norm(channels: int, preferred: int = 0) -> GroupNorm:

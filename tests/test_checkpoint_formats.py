@@ -22,6 +22,7 @@ from checkpoints_convert import convert
 from checkpoints_export import export_checkpoint
 from checkpoints_names import flax_names, score_sde_names
 from configs.validation import complete
+from files_reading import load_torch
 from models.ema import ExponentialMovingAverage
 from models.utils import create_model, get_score_fn
 
@@ -234,6 +235,14 @@ class Malicious:
 
     def __reduce__(self):
         return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("kind", [np.bool_, np.int32, np.int64, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("new", [True, False], ids=["zip", "old"])
+def test_numpy_numbers_of_every_kind_are_read(tmp_path, kind, new):
+    torch.save({"step": kind(1)}, tmp_path / "c.pth", _use_new_zipfile_serialization=new)
+    read = load_torch(tmp_path / "c.pth")["step"]
+    assert type(read) is kind and read == 1
 
 
 def test_code_beside_numpy_scalars_is_never_run(tmp_path):

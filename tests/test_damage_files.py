@@ -1,6 +1,6 @@
 """Damaged files of every kind that is read: the right content, or one error that names the file.
 
-Fast: 80 damages of each of 26 kinds, above 2,000; `slow` ten thousand. Seeds are fixed.
+Fast: 80 damages of each of 33 kinds, above 2,000; `slow` ten thousand. Seeds are fixed.
 """
 
 import collections
@@ -152,7 +152,7 @@ def diffusers(part):
         from safetensors.torch import save
 
         tensors = {"conv_in.weight": torch.randn(4, 3, 3, 3), "conv_in.bias": torch.randn(4)}
-        notes = {"step": 7, "sha256": files_reading.tensors_hash(tensors)}
+        notes = {"step": 7, "sha256": files_reading.tensors_hash(tensors, {"step": 7})}
         contents = {
             "unet/config.json": json.dumps({"sample_size": 8, "act_fn": "silu"}).encode(),
             "unet/diffusion_pytorch_model.safetensors": save(tensors),

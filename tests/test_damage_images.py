@@ -1,5 +1,6 @@
 """One corrupt file among many: named, and left out where that is asked for."""
 
+import errno
 import io
 import logging
 import zipfile
@@ -86,6 +87,17 @@ def test_the_split_does_not_depend_on_what_is_left_out(folder):
     whole = data_lib_files.split_images(folder, None, 0.1)
     for kept, part in zip(names, whole, strict=True):
         assert kept == {n for n in part.names if int(n[-7:-4]) not in BAD}
+
+
+def test_a_file_is_not_left_out_for_a_failure_of_the_machine(folder, monkeypatch):
+    """Else one process of several, or a resumed run, would train on another set."""
+
+    def content(self, i):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(data_lib_files.Folder, "content", content)
+    with pytest.raises(OSError, match="Too many open files"):
+        data_lib.get_image_sets(config(folder, skip_corrupt=True))
 
 
 def test_a_folder_of_nothing_but_damaged_files_is_refused(tmp_path):

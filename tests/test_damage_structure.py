@@ -87,13 +87,18 @@ def restores(path, now, before):
     return "restored"
 
 
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_with_one_wrong_part_is_refused_and_changes_nothing_or_trains_on(tmp_path):
+def test_a_checkpoint_with_one_wrong_part_is_refused_and_changes_nothing_or_trains_on(
+    tmp_path, every
+):
     saved = {"version": 1, **content_of(state())}
     now, other = state(step=5), state(step=5)
     before = content_of(now)
     counted = {"refused": 0, "restored": 0}
     for number, (place, tree) in enumerate(wrong_trees(saved)):
+        if number % every:
+            continue
         path = tmp_path / f"wrong_{number}.pth"
         try:
             torch.save(tree, path)
@@ -108,7 +113,7 @@ def test_a_checkpoint_with_one_wrong_part_is_refused_and_changes_nothing_or_trai
             now = other
             before = content_of(now)
     print(f"checkpoints with one wrong part: {counted}")
-    assert counted["refused"] > 500
+    assert counted["refused"] > 1000 // every
 
 
 @pytest.mark.parametrize("key", ["layout", "unet"])

@@ -526,7 +526,7 @@ def test_the_loss_of_a_worker_comes_with_a_remedy(name, tmp_path):
     next(batches)
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, getattr(signal, name))
-    with pytest.raises(RuntimeError, match=r"one of them was killed.*config\.data\.workers=0"):
+    with pytest.raises(ChildProcessError, match=r"one of them was killed.*config\.data\.workers=0"):
         first(batches, 9)  # the next ones are here already
     assert not multiprocessing.active_children()
 
@@ -561,7 +561,7 @@ def run_program(tmp_path: Path, signals: tuple[str, ...], end: str = "", method=
 def test_a_worker_that_is_killed_ends_the_run_with_its_message(tmp_path):
     result = run_program(tmp_path, ("KILL",))
     assert result.returncode == 1
-    assert "RuntimeError" in result.stderr and "one of them was killed" in result.stderr
+    assert "ChildProcessError" in result.stderr and "one of them was killed" in result.stderr
 
 
 def slow(*values):

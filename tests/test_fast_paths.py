@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import nn
 
@@ -24,6 +25,16 @@ def _plain(norm, x):
     return F.silu(torch.group_norm(x, norm.num_groups, norm.weight, norm.bias, norm.eps))
 
 
+#: An image's tensor in torch's two layouts, and in none of them.
+_LAYOUTS = {
+    "contiguous": torch.Tensor.contiguous,
+    "channels last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "slice": lambda x: x.repeat_interleave(2, dim=3)[..., ::2],
+    "expanded": lambda x: x[:1].expand(x.shape),
+}
+
+
 def _gradients(fn, norm, x, v):
     x = x.clone().requires_grad_()
     return torch.autograd.grad((fn(x) * v).sum(), (x, norm.weight, norm.bias))
@@ -39,6 +50,49 @@ def test_silu_after_a_norm_has_the_value_and_the_gradients_of_the_two_operations
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
     with torch.no_grad():
         torch.testing.assert_close(activated(norm, act, x), _plain(norm, x))
+
+
+@pytest.mark.parametrize("of_x", [*_LAYOUTS], ids=str)
+@pytest.mark.parametrize("of_slope", [*_LAYOUTS], ids=str)
+def test_silu_after_a_norm_takes_any_layout_of_its_input_and_of_the_slopes(of_x, of_slope):
+    norm, x = _layer()
+    v, x = _LAYOUTS[of_slope](torch.randn_like(x)), _LAYOUTS[of_x](x)
+    found = []
+    for fn in (lambda y: _plain(norm, y), lambda y: activated(norm, nn.SiLU(), y)):
+        y = x.detach().requires_grad_()
+        found.append(torch.autograd.grad(fn(y), (y, norm.weight, norm.bias), v))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_silu_after_a_norm_calls_the_hooks_and_the_subclasses_of_the_two():
+    norm, x = _layer()
+    seen = []
+    hook = norm.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    with torch.no_grad():
+        activated(norm, nn.SiLU(), x)
+    activated(norm, nn.SiLU(), x.clone().requires_grad_())
+    hook.remove()
+    assert len(seen) == 2
+    for output in seen:
+        torch.testing.assert_close(output, norm(x))
+
+    class Doubled(nn.SiLU):
+        def forward(self, input):
+            return 2 * super().forward(input)
+
+    torch.testing.assert_close(activated(_layer()[0], Doubled(), x), 2 * _plain(norm, x))
+
+
+def test_silu_after_a_norm_has_a_derivative_in_forward_mode_by_its_weight_alone():
+    norm, x = _layer()
+    with forward_ad.dual_level():
+        weight = norm.weight.detach()
+        dual = forward_ad.make_dual(weight, torch.ones_like(weight))
+        del norm.weight
+        norm.weight = dual  # type: ignore[assignment]
+        y = activated(norm, nn.SiLU(), x.clone().requires_grad_())
+        assert forward_ad.unpack_dual(y).tangent is not None
 
 
 def test_silu_after_a_norm_has_a_second_derivative():

@@ -136,7 +136,7 @@ def lose_workers(path, seed, count):
             if how in ("one", "all"):
                 for _ in range(10**6):
                     next(batches)
-        except RuntimeError as error:
+        except ChildProcessError as error:
             assert "one of them was killed" in str(error)
             assert "--config.data.workers=0" in str(error)
             outcomes.append(f"{how}: told")

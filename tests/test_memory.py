@@ -157,7 +157,7 @@ def test_memory_is_what_is_free_and_each_process_has_its_part(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert 0.1 * free < run_lib_memory._memory(torch.device("cpu")) < 0.5 * free
     monkeypatch.setattr(run_lib_memory, "_host_memory", lambda free: iter([2.0**30, 2.0**28]))
-    monkeypatch.setattr(run_lib_memory, "_address_space", lambda: 0.0)
+    monkeypatch.setattr(run_lib_memory, "_address_space", lambda free: 0.0)
     assert run_lib_memory._memory(torch.device("cpu")) == 2**26
 
 

@@ -437,6 +437,7 @@ def kill(workdir, delay, when=lambda text: True, slow_save=False) -> str:
     return place(workdir) if alive else "over"
 
 
+@pytest.mark.slow
 def test_a_run_killed_inside_a_save_ends_as_one_that_was_not(tmp_path):
     assert Child(watched_run, tmp_path / "whole", False).end()[0] == 0
     where = kill(tmp_path / "killed", 0.02, lambda text: text == "save", slow_save=True)
