@@ -119,8 +119,8 @@ def _check_fixed(config) -> None:
     name = config.model.name
     if name != "ncsnpp":
         raise ValueError(
-            f"of networks only VE NCSN++ can be written for diffusers: expected model.name 'ncsnpp', "
-            f"got {name!r}; use --format safetensors or score_sde"
+            "of networks only VE NCSN++ can be written for diffusers: expected model.name "
+            f"'ncsnpp', got {name!r}; use --format safetensors or score_sde"
         )
     for key, value in _FIXED.items():
         section, _, option = key.partition(".")

@@ -114,8 +114,8 @@ def find_checkpoints(config, workdir: Path) -> list[int]:
     chosen = [number for number in found if begin <= number <= end]
     if not found:
         raise FileNotFoundError(
-            f"expected a checkpoint in {workdir / 'checkpoints'}, found none; train first with this "
-            "--workdir (one is written every training.snapshot_freq steps, and at the end)"
+            f"expected a checkpoint in {workdir / 'checkpoints'}, found none; train first with "
+            "this --workdir (one is written every training.snapshot_freq steps, and at the end)"
         )
     if not chosen:
         raise FileNotFoundError(
