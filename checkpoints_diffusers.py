@@ -300,9 +300,12 @@ def write(path: Path, weights: Mapping[str, torch.Tensor], network, step: int) -
         os.replace(temporary, path)
     except Exception as error:  # safetensors has errors of its own for a full disk
         full = re.search(r"No space left|os error 28\b", str(error))
-        if not full and not isinstance(error, OSError):
+        if full:
+            reason = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        elif isinstance(error, OSError):
+            reason = error
+        else:
             raise
-        reason = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if full else error
         size = sum(tensor.nbytes for tensor in state.values())
         shutil.rmtree(temporary, ignore_errors=True)
         raise unwritable(path, reason, size=size) from error

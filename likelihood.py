@@ -69,7 +69,7 @@ def get_ode_likelihood_fn(
     """
     sde_lib.check_process(sde)
     arguments.real(eps=eps)
-    trace = trace if hasattr(trace, "draw") else get_trace(trace, probes)
+    trace = trace if isinstance(trace, Trace) else get_trace(trace, probes)
     if not 0 <= eps < sde.T or not sde_lib.alpha_sigma(sde, torch.tensor([eps]))[1].item() > 0:
         raise ValueError(
             f"likelihood needs 0 < eps < {sde.T}, with σ(eps) > 0, got {eps}; use 1e-5"

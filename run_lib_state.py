@@ -213,7 +213,7 @@ def compile_once(model: torch.nn.Module, mode: str) -> None:
     if not mode or network._compiled_call_impl is not None:
         return
     network.compile(mode=mode)
-    run = network._compiled_call_impl
+    run: Any = network._compiled_call_impl
     if mode == "reduce-overhead":
         network._compiled_call_impl = lambda *args, **kwargs: run(*args, **kwargs).clone()
 

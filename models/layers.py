@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -130,7 +131,7 @@ class _NormalizedSiLU(torch.autograd.Function):
 def _is_batch_of_products(grad) -> bool:
     """Whether this is a tensor of torch.func.vmap or of `is_grads_batched`, whose layout is torch's
     affair."""
-    functorch = torch._C._functorch
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
     return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
 
 
@@ -156,7 +157,8 @@ def activated(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
     Of SiLU after GroupNorm on a CPU, where fresh memory is what costs, the normalised x is neither
     kept nor copied. In 16 bits it is not worth the conversions.
     """
-    fusible = _only_forward(act, nn.SiLU) and _only_forward(norm, GroupNorm)
+    fusible = isinstance(norm, GroupNorm) and _only_forward(norm, GroupNorm)
+    fusible = fusible and _only_forward(act, nn.SiLU)
     wide = x.device.type == "cpu" and at_least_float32(x) is x
     if not (fusible and wide) or _other_derivatives():
         return act(norm(x))
