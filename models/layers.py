@@ -162,7 +162,7 @@ def activated(norm: nn.Module, act: nn.Module, x: torch.Tensor) -> torch.Tensor:
     wide = x.device.type == "cpu" and at_least_float32(x) is x
     if not (fusible and wide) or _other_derivatives():
         return act(norm(x))
-    weight, bias = at_least_float32(norm.weight), at_least_float32(norm.bias)
+    weight, bias = (at_least_float32(v) for v in (norm.weight, norm.bias))  # type: ignore
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         x = x.contiguous(memory_format=_layout(x))
         return _NormalizedSiLU.apply(x, weight, bias, norm.num_groups, norm.eps)
