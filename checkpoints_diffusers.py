@@ -119,7 +119,7 @@ def _check_fixed(config) -> None:
     name = config.model.name
     if name != "ncsnpp":
         raise ValueError(
-            "of networks only VE NCSN++ can be written for diffusers: expected model.name "
+            "only VE NCSN++ can be written for diffusers: expected model.name "
             f"'ncsnpp', got {name!r}; use --format safetensors or score_sde"
         )
     for key, value in _FIXED.items():
@@ -128,7 +128,7 @@ def _check_fixed(config) -> None:
         got = got.lower() if isinstance(got, str) else got
         if (tuple(got) if isinstance(got, list) else got) != value:
             raise ValueError(
-                f"of networks only VE NCSN++ can be written for diffusers, with {key}={value!r}, "
+                f"only VE NCSN++ can be written for diffusers; these need {key}={value!r}, "
                 f"got {got!r}; use --format safetensors or score_sde for this network"
             )
 
