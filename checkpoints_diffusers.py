@@ -119,7 +119,7 @@ def _check_fixed(config) -> None:
     name = config.model.name
     if name != "ncsnpp":
         raise ValueError(
-            "only VE NCSN++ can be written for diffusers: expected model.name "
+            "only VE NCSN++ can be written for diffusers; these need model.name "
             f"'ncsnpp', got {name!r}; use --format safetensors or score_sde"
         )
     for key, value in _FIXED.items():
