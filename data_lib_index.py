@@ -30,7 +30,7 @@ import distributed
 from files import write_atomically
 from files_reading import UNREADABLE
 
-VERSION = 2
+VERSION = 3
 KEEP_FROM = 10_000
 RACY_NS = 2 * 10**9
 
@@ -131,6 +131,7 @@ def _keep(path: Path, index: Index, watched: Watched) -> None:
     """Write an index, whole or not at all; where that fails, the next start has to search again."""
     arrays = {f"column_{name}": values for name, values in index.columns.items()}
     arrays |= {
+        "columns": _packed([*index.columns]),  # an entry's name in a zip has no checksum
         "folders": _packed(index.names.folders),
         "folder": index.names.folder,
         "letters": np.frombuffer(index.names.letters, np.uint8),
@@ -158,8 +159,8 @@ def _load(path: Path) -> Index | None:
             names = Names(
                 _unpacked(kept["folders"]), kept["folder"], kept["letters"].tobytes(), kept["ends"]
             )
-            prefix = "column_"
-            columns = {k.removeprefix(prefix): kept[k] for k in kept.files if k.startswith(prefix)}
+            named = [name for name in _unpacked(kept["columns"]) if name]
+            columns = {name: kept[f"column_{name}"] for name in named}
             return Index(names, int(kept["files"]), columns)
     except UNREADABLE:
         return None
