@@ -152,7 +152,7 @@ _PICKLES = 5  # of a file of the old torch.save, before the numbers
 def load_torch(path: str | os.PathLike, device=None, *, mmap=False, what="checkpoint") -> Any:
     """What torch.save wrote: tensors, numbers, strings and containers of these, nothing else.
 
-    Every checksum of the file is held to. With `mmap` the tensors stay on the disk until used.
+    Every checksum of the file is held to. With `mmap` the tensors are mapped from it.
 
     Raises: ValueError, naming the file, where it is damaged or holds anything else.
     """

@@ -20,6 +20,7 @@ from sampling_langevin import get_langevin_sampler
 from sampling_loop import (
     FiniteWatch,
     Trajectory,
+    check_common,
     check_kind,
     check_seeds,
     class_of,
@@ -186,9 +187,7 @@ def get_pc_sampler(
     """
     shape = check_shape(shape)
     check_eps(sde, eps, shape)
-    arguments.function(inverse_scaler=inverse_scaler)
-    arguments.optional(arguments.function, callback=callback, constrain=constrain, start=start)
-    arguments.optional(arguments.floating, dtype=dtype)
+    check_common(inverse_scaler, dtype, callback=callback, constrain=constrain, start=start)
     predictor, corrector = predictor or NonePredictor, corrector or NoneCorrector
 
     def plan():
@@ -282,12 +281,12 @@ def _predict(p, x, vec_t, times, i: int, legacy: bool):
 def _check_pair(sde, predictor, corrector, snr, n_steps, probability_flow, legacy) -> None:
     check_kind(predictor, "predictor")
     check_kind(corrector, "corrector")
-    none = class_of(corrector) is NoneCorrector
-    arguments.whole(n_steps=1 if none else n_steps)
-    if not none and n_steps < 1:
-        raise ValueError(
-            f"a corrector needs n_steps ≥ 1, got {n_steps}; use corrector None for none"
-        )
+    if class_of(corrector) is not NoneCorrector:
+        arguments.whole(n_steps=n_steps)
+        if n_steps < 1:
+            raise ValueError(
+                f"a corrector needs n_steps ≥ 1, got {n_steps}; use corrector None for none"
+            )
 
     def no_score(x, t):
         return torch.zeros_like(x)

@@ -12,6 +12,7 @@ import sde_lib
 from sampling_grids import check_shape
 from sampling_loop import (
     FiniteWatch,
+    check_common,
     check_kind,
     check_seeds,
     is_continuous,
@@ -67,8 +68,7 @@ def get_langevin_sampler(
     sde_lib.check_process(sde)
     arguments.whole(steps=steps, n_steps=n_steps)
     arguments.real(sigma=sigma, half_side=half_side)
-    arguments.function(inverse_scaler=inverse_scaler)
-    arguments.optional(arguments.function, callback=callback)
+    check_common(inverse_scaler, callback=callback)
     if start not in STARTS:
         raise ValueError(f"start {start!r} is unknown; known: {', '.join(STARTS)}")
     if steps < 1 or n_steps < 1 or not half_side > 0:

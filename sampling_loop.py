@@ -33,6 +33,13 @@ def check_kind(maker, kind: str) -> None:
         )
 
 
+def check_common(inverse_scaler, dtype=None, **functions) -> None:
+    """Refuse what no sampler can call, and a dtype that is none: TypeError."""
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, **functions)
+    arguments.optional(arguments.floating, dtype=dtype)
+
+
 def with_options(maker: Callable, options: Mapping[str, Any], label: str = "") -> Callable:
     """`maker` with keyword options bound; an option that it does not know is refused.
 

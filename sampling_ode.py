@@ -18,6 +18,7 @@ from sampling_grids import check_eps, check_shape
 from sampling_loop import (
     FiniteWatch,
     FractionBar,
+    check_common,
     check_seeds,
     is_continuous,
     score_and_device,
@@ -72,8 +73,7 @@ def get_ode_sampler(
     check_eps(sde, eps, shape)
     check_seeds(seeds, shape)
     ode.check_options(method, rtol, atol, steps, max_nfe)
-    arguments.function(inverse_scaler=inverse_scaler)
-    arguments.optional(arguments.function, callback=callback)
+    check_common(inverse_scaler, callback=callback)
     options = dict(rtol=rtol, atol=atol, method=method, steps=steps, max_nfe=max_nfe)
     if denoise:
         refuse_bad_tables(sde, sde_lib.VPSDE)

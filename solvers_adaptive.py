@@ -25,6 +25,7 @@ from sampling_grids import check_eps, check_shape
 from sampling_loop import (
     FiniteWatch,
     FractionBar,
+    check_common,
     check_seeds,
     is_continuous,
     score_and_device,
@@ -183,9 +184,7 @@ def adaptive_sampler(
     end = sde.sampling_eps if eps is None else eps
     check_eps(sde, end, shape)
     check_seeds(seeds, shape)
-    arguments.function(inverse_scaler=inverse_scaler)
-    arguments.optional(arguments.function, callback=callback)
-    arguments.optional(arguments.floating, dtype=dtype)
+    check_common(inverse_scaler, dtype, callback=callback)
 
     @torch.no_grad()
     def sampler(model):

@@ -130,7 +130,7 @@ def write(folder: Path, step: int, snapshots: Sequence[Snapshot], dtype: torch.d
 
 
 def _read(path: Path) -> dict:
-    """A file of `write`, checked; its tensors stay on the disk until they are used."""
+    """A file of `write`, read once to check it; its tensors are mapped from it."""
     head = load_torch(path, "cpu", mmap=True, what="snapshot")
     if not _is_snapshot(head):
         raise ValueError(
