@@ -156,7 +156,7 @@ def _kept_bytes(network, config, images: int) -> int:
     def pack(tensor):
         storage = tensor.untyped_storage()
         kept[storage._cdata] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that kept its own output would live for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = _run(network, config, images)

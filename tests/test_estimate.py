@@ -1,9 +1,11 @@
 """What a training will take, said before it begins."""
 
+import gc
 import importlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import losses
@@ -128,6 +130,18 @@ def test_nothing_is_computed_and_no_random_number_drawn():
     estimate(config)
     assert torch.equal(torch.get_rng_state(), before)
     assert config == small()
+
+
+def fake_tensors():
+    gc.collect()
+    return sum(type(thing) is FakeTensor for thing in gc.get_objects())
+
+
+@pytest.mark.parametrize("name", ["ncsnpp", "ddpm"])
+def test_nothing_of_it_stays_in_memory(name):
+    before = fake_tensors()
+    estimate(small(name))
+    assert fake_tensors() <= before
 
 
 def test_the_line_says_it_in_units_of_people():
