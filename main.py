@@ -231,6 +231,9 @@ def _parse(argv: list[str]) -> list[str]:
     """absl's parser; what it refuses is said below the help, with its examples."""
     try:
         return FLAGS(argv)
+    except BrokenPipeError:  # the help went into `| head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except flags.Error as error:
         if _LATER:
             _exit(error)

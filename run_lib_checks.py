@@ -93,7 +93,7 @@ def check_same_experiment(config, workdir: Path, training: bool) -> None:
     path = workdir / "config.json"
     if not path.exists():
         return
-    known = read_json(path, "the configuration of a run; remove it to start anew")
+    known = read_json(path, "the configuration of a run; use another --workdir to start anew")
     known, asked = (dict(flatten(c)) for c in (known, plain(config)))
     fixed, free = (_COURSE, _FREE) if training else (_WEIGHTS, _NOT_WEIGHTS)
 

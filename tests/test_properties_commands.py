@@ -1,6 +1,7 @@
 """The command line tells a mistake by one message with the remedy, without a traceback."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -166,3 +167,11 @@ def test_help_shows_examples_and_flags(tmp_path, word):
     for part in (EXAMPLES, "--workdir", "--mode", "--num", "configs/defaults.py"):
         assert part in text, text
     assert "Traceback" not in text
+
+
+def test_help_may_go_to_a_reader_that_stops_early():
+    command = [sys.executable, "main.py", "--helpfull"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True) as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
