@@ -19,6 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 import arguments
+from randomness import normal
 from sde_lib import sum_except_batch
 
 
@@ -31,7 +32,7 @@ def rademacher(x: torch.Tensor, draws=None) -> torch.Tensor:
 
 def gaussian(x: torch.Tensor, draws=None, stream: str = "probe") -> torch.Tensor:
     """A probe of standard normal numbers, of x's shape and dtype."""
-    return torch.randn_like(x) if draws is None else draws.randn(stream, x.shape[1:]).to(x)
+    return normal(x, draws, stream)
 
 
 #: Probe distributions by name; each has mean 0 and covariance I. Called as probe(x, draws), with
@@ -41,9 +42,10 @@ PROBES: dict[str, Callable] = {"rademacher": rademacher, "gaussian": gaussian}
 
 def get_probe(name: str) -> Callable:
     """The probe distribution `name`, in any case of letters."""
-    if name.lower() not in PROBES:
+    key = str(name).lower()
+    if key not in PROBES:
         raise ValueError(f"hutchinson_type {name!r} is unknown; known: {sorted(PROBES)}")
-    return PROBES[name.lower()]
+    return PROBES[key]
 
 
 def value_and_divergence(fn: Callable, x: torch.Tensor, probe: torch.Tensor):
@@ -59,10 +61,10 @@ def watched(fn: Callable) -> Callable:
     """`fn`, refused where its output depends on x but derivatives cannot see that: the divergence
     would silently lack its part."""
 
-    def checked(x, *args):
-        value = fn(x, *args)
-        seen = value.requires_grad or forward_ad.unpack_dual(value).tangent is not None
-        if not seen and not torch.equal(value, fn(x + 0.1, *args)):
+    def checked(x, *args, **conditions):
+        value = fn(x, *args, **conditions)
+        seen = _in_graph_of(value, x) or forward_ad.unpack_dual(value).tangent is not None
+        if not seen and not torch.equal(value, fn(x + 0.1, *args, **conditions)):
             raise ValueError(
                 "the network's output depends on x but carries no gradient, which the likelihood "
                 "needs; remove torch.no_grad or detach from its forward"
@@ -70,6 +72,22 @@ def watched(fn: Callable) -> Callable:
         return value
 
     return checked
+
+
+def _in_graph_of(value: torch.Tensor, x: torch.Tensor) -> bool:
+    """Whether x is among what `value` was computed from: weights alone give it a graph too."""
+    if not (value.requires_grad and x.requires_grad):
+        return False
+    source, last = (torch.autograd.graph.get_gradient_edge(v).node for v in (x, value))
+    seen, ahead = set(), [last]
+    while ahead:
+        node = ahead.pop()
+        if node is source:
+            return True
+        if node not in seen:
+            seen.add(node)
+            ahead.extend(before for before, _ in node.next_functions if before is not None)
+    return False
 
 
 # --- products with the Jacobian ---------------------------------------------------------------
@@ -155,8 +173,13 @@ class ForwardJacobian:
         def product(v):
             return torch.func.jvp(self.fn, (self._x,), (v,))
 
-        value, tangents = torch.func.vmap(product, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
-        self.value = value
+        try:
+            self.value, tangents = torch.func.vmap(product, out_dims=(None, 0))(vectors)  # type: ignore[arg-type]
+        except RuntimeError as error:  # such as a derivative taken within f
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self.chunk = 1
+            return torch.stack([self._product(v) for v in vectors])
         return tangents
 
 
@@ -277,10 +300,10 @@ class _Exact(Trace):
         return x.new_empty(len(x), 0)
 
     def products(self, x):
-        return x[0].numel()
+        return x.shape[1:].numel()
 
     def columns(self, jacobian, x, probe):
-        d, total = x[0].numel(), x.new_zeros(len(x))
+        d, total = self.products(x), x.new_zeros(len(x))
         for first in range(0, d, self.chunk):
             index = torch.arange(first, min(first + self.chunk, d), device=x.device)
             basis = torch.nn.functional.one_hot(index, d).to(x)
@@ -381,9 +404,9 @@ def _dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 
 def _matrices(vectors: torch.Tensor) -> torch.Tensor:
     """Vectors (c, B, *) as the columns of matrices (B, d, c)."""
-    return vectors.reshape(*vectors.shape[:2], -1).permute(1, 2, 0)
+    return vectors.reshape(*vectors.shape[:2], vectors.shape[2:].numel()).permute(1, 2, 0)
 
 
 def _vectors(matrices: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """The columns of matrices (B, d, c) as vectors (c, B, *)."""
-    return matrices.permute(2, 0, 1).reshape(-1, *x.shape)
+    return matrices.permute(2, 0, 1).reshape(matrices.shape[2], *x.shape)

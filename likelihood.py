@@ -20,6 +20,7 @@ from divergence import (
 )
 from likelihood_bits import Likelihood, bits_per_dim, check_data, log_volume_at, refuse_discrete
 from models.utils import get_score_fn, rows_are_free
+from parametrization import flow_drift
 
 __all__ = [
     "Likelihood",
@@ -81,12 +82,12 @@ def get_ode_likelihood_fn(
     def likelihood(model, data, *, draws=None) -> Likelihood:
         check_data(data)
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-        rsde = sde.reverse(watched(score_fn), probability_flow=True)
-        d = 1 if method in ode.METHODS or not len(data) else data[0].numel()
+        drift_fn = flow_drift(sde, score_fn, watched)
+        d = 1 if method in ode.METHODS else data.shape[1:].numel()
 
         def rhs(t, state, probe):
             vec_t = t.to(data.dtype)
-            drift, columns = trace(lambda x: rsde.sde(x, vec_t)[0], state[0], probe)
+            drift, columns = trace(lambda x: drift_fn(x, vec_t), state[0], probe)
             return drift, columns / d
 
         (z, integral), nfe, *_ = ode.solve(

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 import arguments
-from sde_lib import double
+from sde_lib import double, sum_except_batch
 
 #: Images are called discrete where chance would have all of their numbers on a grid of levels less
 #: often than this.
@@ -71,7 +71,7 @@ def log_volume_at(x: torch.Tensor, inverse_scaler: Callable, levels: int) -> tor
     with torch.inference_mode(False), torch.enable_grad():
         at = x if grad else x.detach().clone().requires_grad_(True)
         (slope,) = torch.autograd.grad(inverse_scaler(at).sum(), at, create_graph=grad)
-    return -(double(slope.abs().log()) + math.log(levels)).flatten(1).sum(1)
+    return -sum_except_batch(double(slope.abs().log()) + math.log(levels))
 
 
 # --- what is refused ------------------------------------------------------------------------

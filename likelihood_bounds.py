@@ -46,6 +46,7 @@ from divergence import Trace, get_trace, watched
 from likelihood_bits import Likelihood, check_data, refuse_nan
 from models.utils import get_score_fn
 from parametrization import SIGMA_DATA
+from randomness import normal
 from sde_lib import double, expand, sum_except_batch
 
 FORMS = ("score", "implicit")
@@ -128,6 +129,8 @@ def get_elbo_fn(
       offset: whether to add the last step; without it the bound is on E[log p_eps(x_eps) | x_0].
       continuous: whether the network was trained with continuous time.
     """
+    arguments.whole(points=points)
+    arguments.real(truncate=truncate, lam=lam)
     _check_options(points, form, times, truncate, start, lam)
     check_process(sde, eps)
     bound = _Bound(
@@ -204,11 +207,6 @@ class Numbered:
 def numbered(draws, number: int) -> Numbered | None:
     """The numbers of repetition `number`; None, torch's own generator, where draws is None."""
     return None if draws is None else Numbered(draws, number)
-
-
-def normal(x: torch.Tensor, draws, stream: str) -> torch.Tensor:
-    """z ~ N(0, I) of x's shape and dtype."""
-    return torch.randn_like(x) if draws is None else draws.randn(stream, x.shape[1:]).to(x)
 
 
 def dot(v: torch.Tensor, w: torch.Tensor) -> torch.Tensor:

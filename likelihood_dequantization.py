@@ -23,10 +23,9 @@ import torch
 
 import sde_lib
 from likelihood_bits import log_volume_at
-from likelihood_bounds import normal
 from likelihood_objective import get_elbo_loss_fn
 from models.utils import get_score_fn
-from randomness import Draws
+from randomness import Draws, normal
 from sde_lib import expand, sum_except_batch
 
 
@@ -128,18 +127,18 @@ def get_differentiable_elbo_fn(sde, *, eps: float = 1e-5, continuous: bool = Tru
 
     def elbo(model, x, *, draws=None, **conditions):
         score_fn = get_score_fn(sde, model, train=False, continuous=continuous)
-        d, ends = x[0].numel(), torch.tensor([eps, float(sde.T)], dtype=torch.float64)
+        d, ends = x.shape[1:].numel(), torch.tensor([eps, float(sde.T)], dtype=torch.float64)
         (alpha, _), (sigma, sigma_T) = (c.tolist() for c in sde_lib.alpha_sigma(sde, ends))
 
         def perturbed(t: float, stream: str):
-            times = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+            vec_t = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
             z = normal(x, draws, stream)
-            mean, std = sde.marginal_prob(x, times)
-            return mean + expand(std, x) * z, times, z
+            mean, std = sde.marginal_prob(x, vec_t)
+            return mean + expand(std, x) * z, vec_t, z
 
         prior = sde.prior_logp(perturbed(float(sde.T), "prior")[0])
-        at_eps, times, z = perturbed(eps, "offset")
-        error = -sigma * score_fn(at_eps, times, **conditions) - z
+        at_eps, vec_t, z = perturbed(eps, "offset")
+        error = -sigma * score_fn(at_eps, vec_t, **conditions) - z
         offset = d * math.log(alpha) + 0.5 * (d - sum_except_batch(error**2))
         losses, t = path.per_image(model, x, draws=draws, **conditions)
         return prior + d * math.log(sigma_T / sigma) - losses + offset, t

@@ -24,12 +24,14 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 import sde_lib
 from divergence import get_trace, mean_and_error, watched
 from likelihood_bits import Likelihood, check_data, refuse_nan
-from likelihood_bounds import check_process, dot, normal, numbered, tau_of
+from likelihood_bounds import check_process, dot, numbered, tau_of
 from likelihood_paths import lambda_grid
 from models.utils import get_score_fn
+from randomness import normal
 from sde_lib import double
 
 
@@ -58,6 +60,8 @@ def get_family_bound_fn(
       trace, probes: as `divergence.get_trace`; the probes are fixed along a path.
       continuous: whether the network was trained with continuous time.
     """
+    arguments.whole(paths=paths, steps=steps)
+    arguments.real(lam=lam)
     if paths < 1 or steps < 1:
         raise ValueError(f"a bound needs paths ≥ 1 and steps ≥ 1, got {paths} and {steps}")
     check_process(sde, eps)

@@ -10,6 +10,7 @@ import sde_lib
 from divergence import get_probe
 from likelihood_bounds import FORMS, check_process, path_factor
 from models.utils import get_score_fn
+from randomness import normal
 from sde_lib import expand
 
 
@@ -66,7 +67,7 @@ def get_elbo_loss_fn(
     def per_image(model, batch, *, draws=None, **conditions):
         score_fn = get_score_fn(sde, model, train=train, continuous=continuous)
         t = times(len(batch), batch.device, draws)
-        z = _noise(batch, draws)
+        z = normal(batch, draws, "z")
         mean, std = sde.marginal_prob(batch, t)
         x = mean + expand(std, batch) * z
 
@@ -85,13 +86,6 @@ def get_elbo_loss_fn(
         return losses * weight.to(losses), t
 
     return ElboObjective(per_image)
-
-
-def _noise(batch: torch.Tensor, draws) -> torch.Tensor:
-    """z as the losses draw it."""
-    if draws is None:
-        return torch.randn_like(batch)
-    return draws.randn("z", batch.shape[1:], batch.dtype).to(batch.device)
 
 
 def _implicit(noise: Callable, x, std, probe) -> torch.Tensor:

@@ -23,10 +23,12 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 import sde_lib
 from likelihood_bits import Likelihood, check_data, refuse_nan
-from likelihood_bounds import check_process, check_stochastic, dot, normal, numbered, tau_of
+from likelihood_bounds import check_process, check_stochastic, dot, numbered, tau_of
 from models.utils import get_score_fn
+from randomness import normal
 from sde_lib import double, expand
 
 
@@ -73,6 +75,8 @@ def get_path_bound_fn(
       eps: the smallest time.
       continuous: whether the network was trained with continuous time.
     """
+    arguments.whole(paths=paths, steps=steps)
+    arguments.real(lam=lam)
     if paths < 1 or steps < 1:
         raise ValueError(f"a path bound needs paths ≥ 1 and steps ≥ 1, got {paths} and {steps}")
     check_stochastic(lam)

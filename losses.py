@@ -25,6 +25,8 @@ from losses_registry import get_objective, register_objective
 from losses_step import EvaluationStep, Objective, TrainingStep
 from losses_weights import check_weighting, own_error, relative_weight
 from models.utils import get_model_fn, get_score_fn, unwrap
+from parametrization import check_output
+from randomness import normal
 from sde_lib import expand
 
 __all__ = [
@@ -54,13 +56,6 @@ def _reduce(losses: torch.Tensor, reduce_mean: bool) -> torch.Tensor:
     """Mean, or half the sum, over all axes but the first: (B, *) -> (B,)."""
     flat = losses.flatten(1)
     return flat.mean(dim=1) if reduce_mean else 0.5 * flat.sum(dim=1)
-
-
-def _noise(batch: torch.Tensor, draws) -> torch.Tensor:
-    """z ~ N(0, I) of the batch's shape: torch's, or the images' own."""
-    if draws is None:
-        return torch.randn_like(batch)
-    return draws.randn("z", batch.shape[1:], batch.dtype).to(batch.device)
 
 
 def _labels(batch: torch.Tensor, N: int, draws) -> torch.Tensor:
@@ -108,7 +103,7 @@ def get_sde_loss_fn(
     Raises: ValueError for an eps outside [0, T), or an unknown weighting.
     """
     if weighting:
-        check_weighting(weighting)
+        check_weighting(weighting, min_snr_gamma)
     times = time_sampler or sde_lib.TimeSampler(sde, eps)
     named = weighting or ("likelihood" if likelihood_weighting else "dsm")
 
@@ -127,7 +122,7 @@ def get_sde_loss_fn(
     def per_image(model, batch, *, draws=None, **conditions):
         score_fn = get_score_fn(sde, model, train=train, continuous=continuous)
         t = times(batch.shape[0], batch.device, draws)
-        z = _noise(batch, draws)
+        z = normal(batch, draws, "z")
         mean, std = sde.marginal_prob(batch, t)
         x = mean + expand(std, batch) * z
         if weighting or getattr(unwrap(model), "parametrization", None) is not None:
@@ -135,7 +130,7 @@ def get_sde_loss_fn(
         else:
             losses = published(score_fn, x, z, std, t, conditions)
         if times.importance:
-            losses = losses / (times.density(t) * (sde.T - eps)).to(losses)
+            losses = losses / (times.density(t) * (times.T - times.eps)).to(losses)
         return losses, t
 
     return Objective(per_image)
@@ -154,8 +149,9 @@ def get_smld_loss_fn(vesde, train: bool, reduce_mean: bool = False) -> Objective
     def per_image(model, batch, *, draws=None, **conditions):
         labels = _labels(batch, N, draws)
         sigma = expand(sde_lib.lookup(sigmas, labels), batch)
-        noise = _noise(batch, draws) * sigma
+        noise = normal(batch, draws, "z") * sigma
         score = get_model_fn(model, train=train)(batch + noise, labels, **conditions)
+        check_output(score, batch)
         losses = _reduce(torch.square(score * sigma + noise / sigma), reduce_mean)
         return losses, (N - 1 - labels) * (vesde.T / max(N - 1, 1))
 
@@ -174,9 +170,10 @@ def get_ddpm_loss_fn(vpsde, train: bool, reduce_mean: bool = True) -> Objective:
     def per_image(model, batch, *, draws=None, **conditions):
         labels = _labels(batch, N, draws)
         a, s = (expand(sde_lib.lookup(table, labels), batch) for table in (alpha, sigma))
-        noise = _noise(batch, draws)
+        noise = normal(batch, draws, "z")
         x = a * batch + s * noise
         predicted = get_model_fn(model, train=train)(x, labels, **conditions)
+        check_output(predicted, batch)
         losses = _reduce(torch.square(predicted - noise), reduce_mean)
         return losses, labels * (vpsde.T / max(N - 1, 1))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
 import sde_lib
 from losses_registry import register_objective
 from losses_step import Objective
 from models.classifier import get_classifier_fn
+from randomness import normal
 from sde_lib import expand
 
 
@@ -33,11 +33,7 @@ def get_classifier_loss_fn(sde, train: bool, eps: float = 1e-5, *, time_sampler=
             )
         t = times(batch.shape[0], batch.device, draws)
         mean, std = sde.marginal_prob(batch, t)
-        if draws is None:
-            z = torch.randn_like(batch)
-        else:
-            z = draws.randn("z", batch.shape[1:], batch.dtype).to(batch.device)
-        x = mean + expand(std, batch) * z
+        x = mean + expand(std, batch) * normal(batch, draws, "z")
         logits = get_classifier_fn(sde, model, train)(x, t)
         return F.cross_entropy(logits, y, reduction="none"), t
 

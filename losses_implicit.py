@@ -20,11 +20,13 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 import sde_lib
 from losses_registry import register_objective
 from losses_step import Objective
 from losses_weights import check_weighting, own_error, relative_weight
 from models.utils import get_score_fn
+from randomness import normal
 from sde_lib import expand, sum_except_batch
 
 
@@ -55,13 +57,16 @@ class Levels(sde_lib.TimeSampler):
 
     def __init__(self, sde, N: int, eps: float = 1e-5):
         super().__init__(sde, eps)
+        arguments.whole(N=N)
+        if N < 1:
+            raise ValueError(f"expected N ≥ 1 noise levels, got {N}")
         zero = torch.zeros((), dtype=torch.float64)
         low = 0.0 if sde_lib.alpha_sigma(sde, zero)[1] > 0 else self.eps
         self.times = torch.linspace(low, self.T, N, dtype=torch.float64)
 
     def quantile(self, u):
-        index = (u.double() * len(self.times)).long().clamp(max=len(self.times) - 1)
-        return self.times.to(u.device)[index]
+        index = (sde_lib.double(u) * len(self.times)).long().clamp(max=len(self.times) - 1)
+        return sde_lib.lookup(self.times, index)
 
 
 def times_from_config(config, sde) -> sde_lib.TimeSampler:
@@ -92,20 +97,20 @@ def _objective(
     continuous: bool = True,
 ) -> Objective:
     """E_t w(t) `integrand`(score_fn at t, x_t, t, draws), (B,), a sum over the coordinates."""
-    check_weighting(weighting)
+    check_weighting(weighting, min_snr_gamma)
     times = times or sde_lib.TimeSampler(sde)
 
     def per_image(model, batch, *, draws=None, **conditions):
         score_fn = get_score_fn(sde, model, train=train, continuous=continuous)
         t = times(len(batch), batch.device, draws)
         mean, std = sde.marginal_prob(batch, t)
-        x = mean + expand(std, batch) * _normal(batch, draws)
+        x = mean + expand(std, batch) * normal(batch, draws, "z")
         losses = integrand(lambda y: score_fn(y, t, **conditions), x, t, draws)
         point = score_fn.parametrization.point(sde, t, x)
         losses = losses * relative_weight(weighting, "score", point, min_snr_gamma).to(losses)
         losses = losses * (1 / batch[0].numel() if reduce_mean else 0.5)
         if times.importance:
-            losses = losses / (times.density(t) * (sde.T - times.eps)).to(losses)
+            losses = losses / (times.density(t) * (times.T - times.eps)).to(losses)
         return losses, t
 
     return Objective(per_image)
@@ -157,6 +162,7 @@ def get_implicit_loss_fn(
       variance_reduction: False takes (vᵀs)² in place of ‖s‖², its mean over v.
       train, options: as `get_explicit_loss_fn`.
     """
+    arguments.whole(slices=slices)
     if slices < 0:
         raise ValueError(f"expected slices ≥ 0, 0 being the exact trace, got {slices}")
 
@@ -195,11 +201,12 @@ def get_annealed_loss_fn(
       anneal_power: p; 2 makes all levels weigh alike, smaller ones favour small noise.
       reduce_mean, continuous, train, eps: as `losses.get_sde_loss_fn`.
     """
+    arguments.real(anneal_power=anneal_power)
     times = Levels(sde, N or sde.N, eps)
 
     def per_image(model, batch, *, draws=None, **conditions):
         score_fn = get_score_fn(sde, model, train=train, continuous=continuous)
-        t, z = times(len(batch), batch.device, draws), _normal(batch, draws)
+        t, z = times(len(batch), batch.device, draws), normal(batch, draws, "z")
         mean, std = sde.marginal_prob(batch, t)
         x = mean + expand(std, batch) * z
         error, point = own_error(score_fn, batch, z, x, t, conditions)
@@ -228,12 +235,6 @@ def jacobian_products(fn: Callable, x: torch.Tensor, vectors: torch.Tensor):
             ]
         )
     return (value, products) if recording else (value.detach(), products.detach())
-
-
-def _normal(x: torch.Tensor, draws) -> torch.Tensor:
-    if draws is None:
-        return torch.randn_like(x)
-    return draws.randn("z", x.shape[1:], x.dtype).to(x.device)
 
 
 def _signs(x: torch.Tensor, count: int, draws) -> torch.Tensor:

@@ -116,6 +116,7 @@ class TrainingStep(_Step):
 
     def __init__(self, sde, loss_fn, optimize_fn, *, max_nonfinite, precision, accumulate):
         super().__init__(sde, loss_fn, precision)
+        arguments.whole(accumulate=accumulate, max_nonfinite=max_nonfinite)
         if accumulate < 1:
             raise ValueError(f"expected accumulate ≥ 1 micro-batches, got {accumulate}; use 1")
         self.optimize_fn, self.max_nonfinite = optimize_fn, max_nonfinite
@@ -127,6 +128,8 @@ class TrainingStep(_Step):
     def __call__(self, state, batch, *, draws=None, **conditions) -> torch.Tensor:
         if self.optimize_fn is None:
             raise ValueError("training needs optimize_fn; use losses.optimization_manager(config)")
+        if not len(batch):
+            raise ValueError("training needs a batch of at least one image, got none")
         model, optimizer = state["model"], state["optimizer"]
         optimizer.zero_grad()
         with float32_precision(self.precision, batch.device):
@@ -151,11 +154,8 @@ class TrainingStep(_Step):
     def _backward(self, model, batch, draws, conditions):
         """Losses and times, (B,), whose mean's gradients are in the parameters."""
         count = len(batch)
-        parts = [
-            slice(count * i // n, count * (i + 1) // n)
-            for n in (min(self.accumulate, max(count, 1)),)
-            for i in range(n)
-        ]
+        n = min(self.accumulate, count)
+        parts = [slice(count * i // n, count * (i + 1) // n) for i in range(n)]
         found = []
         for part in parts:
             with contextlib.ExitStack() as stack:

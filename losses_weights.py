@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import torch
 
+import arguments
 import sde_lib
 from parametrization import OUTPUTS, Point, ScoreFunction
 from sde_lib import expand
@@ -40,13 +41,16 @@ WEIGHTS: dict[str, str] = {
 NAMES = (*sorted(WEIGHTS), "min_snr")
 
 
-def check_weighting(weighting: str) -> None:
-    """Refuse a name that is none of NAMES."""
+def check_weighting(weighting: str, min_snr_gamma: float = 5.0) -> None:
+    """Refuse a name that is none of NAMES, and a γ of 'min_snr' that would reward errors."""
     if weighting not in NAMES:
         raise ValueError(
             f"weighting {weighting!r} is unknown; known: {', '.join(NAMES)}, and '' for the "
             "published one"
         )
+    arguments.real(min_snr_gamma=min_snr_gamma)
+    if not min_snr_gamma > 0:
+        raise ValueError(f"expected min_snr_gamma > 0, got {min_snr_gamma}; use 5")
 
 
 def error_scale(output: str, point: Point) -> torch.Tensor:
@@ -60,7 +64,7 @@ def relative_weight(weighting: str, output: str, point: Point, min_snr_gamma: fl
 
     Min-SNR (Hang et al. 2023) is min(SNR, γ) ‖D − x_0‖² with SNR = (α/σ)², so w = min(α², γ σ²).
     """
-    check_weighting(weighting)
+    check_weighting(weighting, min_snr_gamma)
     if WEIGHTS.get(weighting) == output:
         return torch.ones_like(point.alpha)
     if weighting == "min_snr":
@@ -83,13 +87,7 @@ def own_error(score_fn: ScoreFunction, x_0, z, x, t, conditions):
         )
     par = score_fn.parametrization
     point = par.point(score_fn.sde, t, x)
-    output = score_fn.model_fn(par.network_input(point), par.labels(point), **conditions)
-    if output.shape != x.shape:
-        raise ValueError(
-            f"the network returned shape {tuple(output.shape)} for an input of shape "
-            f"{tuple(x.shape)}; expected the same"
-        )
-    return output - _target(par.output, point, x_0, z), point
+    return score_fn.output(point, **conditions) - _target(par.output, point, x_0, z), point
 
 
 def _target(output: str, point: Point, x_0, z):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 import arguments
-from ode_adaptive import Adaptive, SolverError
+from ode_adaptive import Adaptive, SolverError, real_dtype
 from ode_tableaus import TABLEAUS, State, Tableau, derivative, refuse_nonfinite, step
 
 #: SciPy's solvers, the reference: on the host, one step size for the whole batch.
@@ -59,14 +59,15 @@ def solve(
       fn: takes t (b,) float64, a tuple of tensors (b, *), and `args`; returns the tuple of the
         derivatives. With `drop` it must work on any rows, as finished ones leave the batch.
       state: y at t0, tensors (B, *).
-      t0, t1: numbers, or (B,); in either order.
+      t0, t1: numbers, or (B,); in either order. SciPy's solvers take numbers.
       args: tensors (B, *), whose rows stay with their samples.
       rtol, atol: a step is accepted where its error is at most atol + rtol max(|y|, |y_new|), in
-        the root mean square over the sample's numbers of each tensor of the state.
+        the root mean square over the sample's numbers of each tensor of the state. atol = 0 needs
+        a state without zeros.
       method: "dopri5" or "bosh3" of adaptive steps; these, "rk4" or "heun" with fixed `steps`; a
         solver of SciPy, in which the whole batch is one system.
       steps: number of equal steps.
-      max_nfe: the most evaluations a sample may take.
+      max_nfe: the most evaluations a sample may take, or the batch, with a solver of SciPy.
       drop: whether finished samples leave the batch; else they run along, unchanged.
       callback: called at the start and after every step (of SciPy's at every evaluation), as
         callback(calls, share, t, state), with the share of the way and the time of the sample that
@@ -79,10 +80,13 @@ def solve(
     check_options(method, rtol, atol, steps, max_nfe)
     _check_rows(y, tuple(args))
     t, end = _times(t0, t1, y)
-    if method in METHODS:
-        return _by_scipy(fn, y, t0, t1, tuple(args), rtol, atol, method, callback)
-    tableau = TABLEAUS[method]
+    if steps is None and atol == 0 and any((v == 0).any() for v in y):
+        raise ValueError("atol=0 allows no error to the state's numbers that are 0; use atol > 0")
     with torch.no_grad():
+        if method in METHODS:
+            options = {"rtol": rtol, "atol": atol, "method": method}
+            return _by_scipy(fn, y, t0, t1, tuple(args), max_nfe, callback, options)
+        tableau = TABLEAUS[method]
         if steps is not None:
             return _fixed(tableau, fn, t, end, y, tuple(args), steps, callback)
         run = Adaptive(tableau, fn, rtol, atol, max_nfe, drop, callback).run
@@ -92,8 +96,7 @@ def solve(
 def _times(t0, t1, y: State) -> list[torch.Tensor]:
     """t0 and t1 as vectors (B,) on the state's device, in float64 where it has that."""
     device = y[0].device
-    real = torch.float32 if device.type == "mps" else torch.float64
-    times = [torch.as_tensor(t, dtype=real, device=device) for t in (t0, t1)]
+    times = [torch.as_tensor(t, dtype=real_dtype(device), device=device) for t in (t0, t1)]
     return [t.expand(len(y[0])).clone() for t in times]
 
 
@@ -119,6 +122,9 @@ def _check_rows(y: State, args: State) -> None:
     lengths = [len(v) for v in (*y, *args)]
     if len(set(lengths)) != 1:
         raise ValueError(f"an ODE's state and args need one first dimension, got {lengths}")
+    if not all(v.is_floating_point() for v in y):
+        kinds = [str(v.dtype) for v in y]
+        raise ValueError(f"an ODE's state needs floating-point numbers, got {kinds}")
 
 
 def _fixed(tableau: Tableau, fn, t0, t1, y: State, args: State, steps: int, callback) -> Solution:
@@ -145,18 +151,27 @@ def _report(callback: Callable | None, calls: int, share: float, t: torch.Tensor
         callback(calls, share, t[0].item(), y)
 
 
-def _by_scipy(fn, y: State, t0, t1, args: State, rtol, atol, method: str, callback) -> Solution:
-    """The whole batch as one system; t0 and t1 are numbers."""
-    B, device, calls = len(y[0]), y[0].device, 0
+def _by_scipy(fn, y: State, t0, t1, args: State, max_nfe, callback, options: dict) -> Solution:
+    """The whole batch as one system."""
+    B, device, calls, method = len(y[0]), y[0].device, 0, options["method"]
+    if any(torch.is_tensor(t) and t.ndim for t in (t0, t1)):
+        raise ValueError(f"{method!r} takes t0 and t1 as numbers; use 'dopri5' for times (B,)")
+    t0, t1 = float(t0), float(t1)
 
     def rhs(t, state):
         nonlocal calls
+        if calls >= max_nfe:
+            raise SolverError(
+                f"{method} is at t = {t:.6g}, on its way to {t1:g}, after {calls} evaluations; "
+                f"raise max_nfe = {max_nfe}, loosen rtol = {options['rtol']:g} and atol = "
+                f"{options['atol']:g}, or check the network"
+            )
         if callback is not None:
-            callback(calls, (t - t0) / (t1 - t0), t, state)
+            callback(calls, (t - t0) / (t1 - t0) if t1 != t0 else 1.0, t, state)
         calls += 1
         return fn(torch.full((B,), t, dtype=torch.float64, device=device), state, *args)
 
-    state, n = solve_scipy(rhs, y, float(t0), float(t1), rtol=rtol, atol=atol, method=method)
+    state, n = solve_scipy(rhs, y, t0, t1, **options)
     nfe = torch.full((B,), n, device=device)
     return Solution(state, nfe, torch.zeros_like(nfe), n)
 
@@ -187,7 +202,7 @@ def solve_scipy(
 
     if method not in METHODS:
         raise ValueError(f"ODE method {method!r} is unknown; known: {', '.join(METHODS)}")
-    sizes = np.cumsum([s.numel() for s in state])[:-1]
+    sizes, calls = np.cumsum([s.numel() for s in state])[:-1], 0
 
     def unpack(flat: np.ndarray):
         parts = np.split(flat, sizes)
@@ -200,6 +215,8 @@ def solve_scipy(
         return np.concatenate([s.detach().reshape(-1).cpu().double().numpy() for s in tensors])
 
     def flat_fn(t: float, flat: np.ndarray) -> np.ndarray:
+        nonlocal calls  # SciPy's own count leaves out what its implicit solvers spend on Jacobians
+        calls += 1
         derivative = pack(fn(float(t), unpack(flat)))
         if not np.isfinite(derivative).all():
             raise FloatingPointError(
@@ -213,4 +230,4 @@ def solve_scipy(
         message = solver.step()
         if solver.status == "failed":
             raise SolverError(f"{method} failed at t = {solver.t:.6g}: {message}")
-    return unpack(solver.y), solver.nfev
+    return unpack(solver.y), calls

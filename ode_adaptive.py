@@ -195,7 +195,7 @@ class Adaptive:
         rms = []
         for v, s in zip(e, scale, strict=True):
             squares = (v / s).square_().reshape(len(v), -1)
-            total = squares.sum(dim=1, dtype=_real(v.device))
+            total = squares.sum(dim=1, dtype=real_dtype(v.device))
             rms.append(torch.sqrt(total / max(squares.shape[1], 1)))
         return torch.stack(rms).amax(dim=0)
 
@@ -255,7 +255,7 @@ def _where(mask: torch.Tensor, a: State, b: State) -> State:
     )
 
 
-def _real(device: torch.device) -> torch.dtype:
+def real_dtype(device: torch.device) -> torch.dtype:
     """float64, or float32 on a device that has none."""
     return torch.float32 if device.type == "mps" else torch.float64
 

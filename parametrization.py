@@ -130,6 +130,7 @@ class Parametrization:
             )
         if isinstance(self.time, str) and self.time not in TIME_INPUTS:
             raise ValueError(f"time_input {self.time!r} is unknown; known: {sorted(TIME_INPUTS)}")
+        arguments.real(sigma_data=self.sigma_data)
         if not self.sigma_data > 0:
             raise ValueError(f"a parametrization needs sigma_data > 0, got {self.sigma_data}")
 
@@ -238,12 +239,32 @@ def _is_zero(value) -> bool:
     return not torch.is_tensor(value) and value == 0
 
 
-def check_output(output) -> None:
-    """Refuse what a network returned where it is no tensor of real numbers: WrongTypeError."""
+def check_output(output, x: torch.Tensor | None = None) -> None:
+    """Refuse what a network returned where it is no tensor of real numbers: WrongTypeError; with x,
+    the network's input, also where its shape is another: ValueError."""
     if not torch.is_tensor(output) or output.is_complex():
         kind = output.dtype if torch.is_tensor(output) else type(output).__name__
         raise arguments.WrongTypeError(
             f"the network returned {kind}; expected one tensor of real numbers, of x's shape"
+        )
+    if x is not None and output.shape != x.shape:
+        raise ValueError(
+            f"the network returned shape {tuple(output.shape)} for an input of shape "
+            f"{tuple(x.shape)}; expected the same"
+        )
+
+
+def check_times(t, x: torch.Tensor) -> None:
+    """Refuse times that are no tensor with one number for each sample of x, or for all of them."""
+    if not torch.is_tensor(t):
+        raise arguments.WrongTypeError(
+            f"a score needs its time as a tensor, got {type(t).__name__}; "
+            "use torch.full((len(x),), t)"
+        )
+    if t.shape not in ((), (1,), x.shape[:1]):
+        raise ValueError(
+            f"a score needs one time for each of {len(x)} samples, or one for all, got times of "
+            f"shape {tuple(t.shape)}; use t.reshape(-1)"
         )
 
 
@@ -291,6 +312,7 @@ class ScoreFunction:
         return bound
 
     def _face(self, target: str, x, t, conditions):
+        check_times(t, x)
         self.nfe += 1
         par, onto = self.parametrization, None
         if self.trained is None:
@@ -298,22 +320,47 @@ class ScoreFunction:
         else:
             onto = Point(self.sde, t, x, par.sigma_data)
             point = _carried(onto, self.trained, par)
-        output = self.model_fn(par.network_input(point), par.labels(point), **conditions)
-        check_output(output)
-        if output.shape != x.shape:
-            raise ValueError(
-                f"the network returned shape {tuple(output.shape)} for an input of shape "
-                f"{tuple(x.shape)}; expected the same"
-            )
+        output = self.output(point, **conditions)
         return convert(output.to(x.dtype), par.output, target, point, onto)
+
+    def output(self, point: Point, **conditions) -> torch.Tensor:
+        """The network's own output at a point of its own process, of x's shape."""
+        par = self.parametrization
+        output = self.model_fn(par.network_input(point), par.labels(point), **conditions)
+        check_output(output, point.x)
+        return output
 
 
 def as_score_function(fn: Callable, sde) -> ScoreFunction:
     """Give a plain function s(x, t) the faces of a ScoreFunction, by Tweedie's formula."""
     if isinstance(fn, ScoreFunction):
         return fn
-    score = ScoreFunction(lambda x, t: fn(x, t), sde, Parametrization("score", "t"))
-    return score
+    return ScoreFunction(lambda x, t: fn(x, t), sde, Parametrization("score", "t"))
+
+
+def flow_drift(sde, score_fn: ScoreFunction, watched: Callable = lambda fn: fn) -> Callable:
+    """The drift of the probability-flow ODE, f x − ½ g² s, as a function of x and t.
+
+    Of a process by α and σ it is the velocity, of the network's own output: near T a flow's f x and
+    ½ g² s are large and all but equal, and through them float32 costs 3e-4 nats per dimension.
+    `watched` goes around the network, or the score.
+    """
+    sde_lib.check_direction(sde)
+    declared = sde_lib.is_declared_affine(sde) and all(
+        getattr(type(sde_lib.unbound(sde)), name) is getattr(sde_lib.AffineSDE, name)
+        for name in ("sde", "reverse")
+    )
+    if declared and type(score_fn) is ScoreFunction:
+        own = copy.copy(score_fn)
+        own.model_fn = watched(score_fn.model_fn)
+
+        def velocity(x, t):
+            value, score_fn.nfe = own.velocity(x, t), own.nfe
+            return value
+
+        return velocity
+    rsde = sde.reverse(watched(score_fn), probability_flow=True)
+    return lambda x, t: rsde.sde(x, t)[0]
 
 
 # --- a change of process after training -----------------------------------------------------

@@ -63,18 +63,23 @@ class Draws:
         return seed_for(self.seed, self.step, stream) / 2**56
 
     def rand(self, stream: str, shape=(), dtype=torch.float32) -> torch.Tensor:
-        """Uniform numbers in [0, 1), (B, *shape), of 24 bits, or 53 in float64."""
+        """Uniform numbers in [0, 1), (B, *shape), of 24 bits, or 53 in float64.
+
+        Of 16 bits they are those of float32, rounded, but never to 1.
+        """
         n = math.prod(shape)
         if dtype == torch.float64:
             u = _shifted(self._words(stream, n), 11).double().mul_(2.0**-53)
         else:
             halves = self._words(stream, (n + 1) // 2).view(torch.int32)[:, :n]
-            u = (halves >> 8).bitwise_and_(2**24 - 1).to(dtype).mul_(2.0**-24)
+            u = (halves >> 8).bitwise_and_(2**24 - 1).float().mul_(2.0**-24).to(dtype)
+            if u.dtype != torch.float32:
+                u.clamp_(max=1 - torch.finfo(dtype).eps / 2)
         return u.reshape(self.count, *shape)
 
     def randn(self, stream: str, shape=(), dtype=torch.float32) -> torch.Tensor:
         """Standard normal numbers, (B, *shape), made in float32 whatever the dtype, and within
-        ±6.7, beyond which one in 10¹¹ lies."""
+        ±6.7, beyond which two in 10¹¹ lie."""
         n = math.prod(shape)
         halves = self._words(stream, (n + 1) // 2).view(torch.int32).float()
         # A half is an integer k in [−2³¹, 2³¹): |k| is uniform, and so is the angle π k/2³¹.
@@ -85,6 +90,8 @@ class Draws:
 
     def randint(self, stream: str, high: int) -> torch.Tensor:
         """Integers 0 to high − 1, (B,)."""
+        if high < 1:
+            raise ValueError(f"expected integers below high ≥ 1, got high={high}")
         return (self.rand(stream, dtype=torch.float64) * high).long().clamp(max=high - 1)
 
     def _words(self, stream: str, n: int) -> torch.Tensor:
@@ -97,6 +104,20 @@ class Draws:
         z = torch.empty((self.count, n), dtype=torch.int64, device=self.device)
         torch.add(first, torch.arange(1, n + 1, device=self.device) * _GOLDEN, out=z)
         return _mixed(z, second)
+
+
+def normal(x: torch.Tensor, draws, stream: str) -> torch.Tensor:
+    """z ~ N(0, I) of x's shape and dtype, on its device: the images' own numbers of `stream`, or
+    torch's generator's where draws is None.
+
+    Raises: ValueError for draws of another number of images, which would be shared among these.
+    """
+    if draws is None:
+        return torch.randn_like(x)
+    z = draws.randn(stream, x.shape[1:]).to(x)
+    if z.shape != x.shape:
+        raise ValueError(f"expected draws for {len(x)} images, got {len(z)}; use draws.rows")
+    return z
 
 
 def _signed(word: int) -> int:

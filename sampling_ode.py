@@ -14,6 +14,7 @@ import arguments
 import ode
 import sde_lib
 from models.utils import get_score_fn, rows_are_free
+from parametrization import flow_drift
 from sampling_grids import check_eps, check_shape
 from sampling_loop import (
     FiniteWatch,
@@ -82,8 +83,11 @@ def get_ode_sampler(
     def ode_sampler(model, z=None):
         score_fn, target = score_and_device(sde, model, continuous, device)
         before = score_fn.nfe
-        x = NoiseSource(generator, seeds).prior(sde, shape) if z is None else z
-        x = x.to(target, x.dtype if z is not None else torch.float32)
+        if z is None:
+            x = NoiseSource(generator, seeds).prior(sde, shape).to(target, torch.float32)
+        else:
+            _check_state("ode_sampler", z)
+            x = z.to(target)
         bar = FractionBar(progress, "ODE")
 
         def watch(calls, share, t, state):
@@ -105,10 +109,10 @@ def get_ode_sampler(
 
 def _flow(sde, model, score_fn, x, t0: float, t1: float, **options) -> torch.Tensor:
     """The probability-flow ODE dx = [f − ½ g² s] dt from t0 to t1."""
-    rsde = sde.reverse(score_fn, probability_flow=True)
+    drift = flow_drift(sde, score_fn)
 
     def rhs(t, state):
-        return (rsde.sde(state[0], t.to(x.dtype))[0],)
+        return (drift(state[0], t.to(x.dtype)),)
 
     return ode.solve(rhs, (x,), t0, t1, drop=rows_are_free(sde, model), **options).state[0]
 
@@ -208,7 +212,7 @@ def slerp(a: torch.Tensor, b: torch.Tensor, weight) -> torch.Tensor:
         raise ValueError(
             f"slerp needs codes of one shape, got {tuple(a.shape)} and {tuple(b.shape)}"
         )
-    u, v = (sde_lib.double(c.reshape(len(c), -1)) for c in (a, b))
+    u, v = (sde_lib.double(c.flatten(1)) for c in (a, b))
     p, q = (torch.nn.functional.normalize(c, dim=1) for c in (u, v))
     theta = 2 * torch.atan2((p - q).norm(dim=1), (p + q).norm(dim=1))  # acos loses half the digits
     w = torch.as_tensor(weight, dtype=u.dtype, device=u.device)[..., None]

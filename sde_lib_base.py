@@ -37,11 +37,18 @@ def double(t: torch.Tensor) -> torch.Tensor:
     return t.to(torch.float32 if t.device.type == "mps" else torch.float64)
 
 
+def as_times(v: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """`v` in the dtype of the times t; in torch's default one where these are whole numbers."""
+    return v.to(t.dtype if t.is_floating_point() else torch.get_default_dtype())
+
+
 def _derivative(fn: Callable, t: torch.Tensor) -> torch.Tensor:
     with torch.inference_mode(False), torch.enable_grad():
         u = t.detach().clone().requires_grad_(True)
         y = fn(u)
-        return torch.autograd.grad(y.sum(), u)[0] if y.requires_grad else torch.zeros_like(u)
+        if not y.requires_grad:
+            return torch.zeros_like(u)
+        return torch.autograd.grad(y.sum(), u, materialize_grads=True)[0]
 
 
 # --- registry -----------------------------------------------------------------------------
@@ -147,6 +154,7 @@ class SDE(abc.ABC):
         if isinstance(self, _Reverse):
             raise TypeError(f"{type(self).__name__} is reversed already; reverse the forward one")
         check_direction(self)
+        arguments.optional(arguments.real, tau=tau)
         tau = (0.0 if probability_flow else 1.0) if tau is None else float(tau)
         if tau < 0:
             raise ValueError(f"reverse() needs tau ≥ 0, got {tau}")
@@ -164,12 +172,18 @@ class SDE(abc.ABC):
         It trains, samples and scores as any process does. `self` is left as it is.
 
         Args:
-          y: of one sample's shape with a batch axis, (B, *) or (1, *).
+          y: a tensor of one sample's shape with a batch axis, (B, *) or (1, *).
 
         Source: Richter et al. 2023 (SGMSE+), whose Ornstein–Uhlenbeck process is `ouve`.
         """
         if isinstance(self, _Reverse):
             raise TypeError(f"{type(self).__name__} is reversed; bind first, then reverse")
+        try:
+            y = torch.as_tensor(y)
+        except (RuntimeError, TypeError, ValueError):
+            raise arguments.WrongTypeError(
+                f"bind needs an observation y as a tensor (B, *) or (1, *), got {type(y).__name__}"
+            ) from None
         free = unbound(self)
         bound = object.__new__(_bound_class(type(free)))
         bound.__dict__.update(free.__dict__, _origin=y)
@@ -217,13 +231,15 @@ class _Bound:
     _origin: torch.Tensor
 
     def _y(self, x):
-        y = torch.as_tensor(self._origin)
-        if y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
+        y = self._origin
+        if y.ndim != x.ndim or y.shape[1:] != x.shape[1:] or len(y) not in (1, len(x)):
             raise ValueError(
                 f"the process is bound to y of shape {tuple(y.shape)}, which does not fit data of "
                 f"shape {tuple(x.shape)}; bind it to the y of these samples, (B, *) or (1, *)"
             )
-        return y.to(x.device, x.dtype)
+        if y.device != x.device:  # moved once, so that a loop sends nothing to its device
+            self._origin = y = y.to(x.device)
+        return y.to(x.dtype)
 
     @property
     def _free(self) -> SDE:
@@ -326,16 +342,17 @@ class AffineSDE(SDE):
 
     def sde(self, x, t):
         u = double(t)
-        return expand(self.f(u), x) * x, torch.sqrt(self.g2(u)).to(t.dtype)
+        return expand(self.f(u), x) * x, as_times(torch.sqrt(self.g2(u)), t)
 
     def marginal_prob(self, x, t):
         u = double(t)
-        return expand(self.alpha(u), x) * x, self.sigma(u).to(t.dtype)
+        return expand(self.alpha(u), x) * x, as_times(self.sigma(u), t)
 
     def prior_sampling(self, shape):
         return torch.randn(*shape) * self.prior_std
 
     def prior_logp(self, z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))  # squares overflow 16 bits
         var, dim = self.prior_std**2, z.shape[1:].numel()
         return -0.5 * (dim * math.log(2 * math.pi * var) + sum_except_batch(z**2) / var)
 
@@ -401,11 +418,19 @@ def time_of_half_log_snr(sde: SDE, lam: torch.Tensor) -> torch.Tensor:
 def check_direction(sde: SDE) -> None:
     """Refuse a process given by α and σ whose λ rises in t.
 
-    Raises: ValueError where time runs from noise to data, as in some works on flow matching.
+    Raises: ValueError where time runs from noise to data, as in some works on flow matching;
+      TypeError where α or σ are no tensors.
     """
     if not is_declared_affine(sde):
         return
     T = float(sde.T)
+    for name, value in zip(("alpha", "sigma"), alpha_sigma(sde, torch.tensor(T)), strict=True):
+        if not torch.is_tensor(value):
+            raise arguments.WrongTypeError(
+                f"{type(sde).__name__}.{name}(t) returned {value!r} of type "
+                f"{type(value).__name__}; expected a tensor of t's shape, such as "
+                f"{value!r} * torch.ones_like(t)"
+            )
     early, late = (
         half_log_snr(sde, torch.tensor(share * T, dtype=torch.float64)).item()
         for share in (0.25, 0.75)
@@ -438,12 +463,14 @@ def _probe(fn: Callable, t: torch.Tensor, x: torch.Tensor | None):
     flat = t.reshape(-1)
     n = flat.numel()
     times = torch.cat([flat, flat])  # at least two rows, so that a wrong broadcast shows
+    cause = None
     for ndim in (4, 2, 3, 5) if x is None else (x.ndim,):
         rows = torch.ones((2 * n,) + (1,) * (ndim - 1), dtype=times.dtype, device=times.device)
         rows[n:] = 0
         try:
             first, second = fn(rows, times)
-        except (IndexError, RuntimeError):
+        except (IndexError, RuntimeError) as error:
+            cause = error
             continue
         if first.shape[0] == 2 * n and first.ndim == ndim:
             values = first.flatten(1)[:, 0]
@@ -453,7 +480,7 @@ def _probe(fn: Callable, t: torch.Tensor, x: torch.Tensor | None):
     raise ValueError(
         f"{fn.__qualname__} accepts no batch of {'2 to 5' if x is None else x.ndim} axes; "
         "expected two tensors, of x's shape and of t's"
-    )
+    ) from cause
 
 
 def _bisect(lam_fn: Callable, lam: torch.Tensor, T: float) -> torch.Tensor:

@@ -16,6 +16,7 @@ from sde_lib_base import (
     SDE,
     AffineSDE,
     alpha_sigma,
+    as_times,
     double,
     drift_diffusion,
     expand,
@@ -51,7 +52,7 @@ class _ExactSteps:
         ratio = torch.where(inside, a_t / a_s, a_t)
         before = torch.where(inside, ratio * sigma_s, torch.zeros_like(sigma_s))
         G = torch.sqrt((sigma_t**2 - before**2).clamp(min=0))
-        return expand(ratio - 1, x) * x, G.to(t.dtype)
+        return expand(ratio - 1, x) * x, as_times(G, t)
 
 
 @register_sde(name="cosine")

@@ -16,6 +16,7 @@ from sde_lib_base import (
     SDE,
     alpha_sigma,
     check_direction,
+    check_process,
     double,
     drift_diffusion,
     half_log_snr,
@@ -78,6 +79,7 @@ class TimeSampler:
     importance = False
 
     def __init__(self, sde: SDE, eps: float = 1e-5, *, stratified: bool = False):
+        check_process(sde)
         arguments.real(eps=eps)
         if not 0 <= eps < sde.T:
             raise ValueError(f"a time sampler needs 0 ≤ eps < {sde.T}, got {eps}; use 1e-5")

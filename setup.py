@@ -61,7 +61,6 @@ setup(
         "likelihood_bounds",
         "likelihood_dequantization",
         "likelihood_family",
-        "likelihood_logit",
         "likelihood_objective",
         "likelihood_paths",
         "losses",

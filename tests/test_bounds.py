@@ -15,7 +15,6 @@ import losses
 import sampling
 import sde_lib
 from likelihood_bounds import get_elbo_fn, path_factor, tau_of
-from likelihood_logit import Logit
 from likelihood_objective import get_elbo_loss_fn
 from parametrization import as_score_function
 from randomness import Draws
@@ -397,36 +396,18 @@ def test_the_objective_takes_a_step_and_conditions_and_lowers_the_loss():
         get_elbo_loss_fn(sde, form="ism")
 
 
-# --- the logit transform ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alpha", [1e-5, 0.05, 0.3])
-@pytest.mark.parametrize("shape", [(5, 3), (5, 1, 4, 4)])
-def test_the_logit_transform_goes_there_and_back_with_the_determinant_of_autograd(alpha, shape):
-    transform = Logit(alpha)
-    x = torch.rand(shape, dtype=torch.float64)
-    x[0].flatten()[0], x[0].flatten()[1] = 0.0, 1.0
-    torch.testing.assert_close(transform.inverse(transform(x)), x, rtol=0, atol=1e-12)
-    u = x.clone().requires_grad_(True)
-    (slope,) = torch.autograd.grad(transform(u).sum(), u)
-    torch.testing.assert_close(transform.log_det(x), slope.log().flatten(1).sum(1))
-
-
-def test_a_density_of_logits_is_a_density_of_data():
-    """x = logit⁻¹ of a normal y has a density that integrates to what y has within the ends."""
-    transform = Logit(0.02)
-    x = torch.linspace(0, 1, 200001, dtype=torch.float64)[:, None]
-    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(transform(x))[:, 0] + transform.log_det(x)
-    inside = math.erf(-math.log(0.02 / 0.98) / math.sqrt(2))
-    assert torch.trapezoid(log_p.exp(), x[:, 0]).item() == pytest.approx(inside, abs=1e-6)
-
-
-def test_logits_of_data_outside_of_the_unit_interval_are_refused():
-    for x in (torch.tensor([[1.2]]), torch.tensor([[-0.1]])):
-        with pytest.raises(ValueError, match=r"data in \[0, 1\]"):
-            Logit()(x)
-    for alpha in (0.0, 0.5):
-        with pytest.raises(ValueError, match="0 < alpha"):
-            Logit(alpha)
-    assert Logit().inverse(torch.tensor([-100.0, 100.0])).tolist() == [0.0, 1.0]
+def test_every_process_of_the_toys_has_its_name():
     assert toys_paths.every_sde().keys() == set(NAMES)
+
+
+def test_a_bound_of_no_data_is_no_number_for_every_trace():
+    for trace in ("rademacher", "exact"):
+        elbo = get_elbo_fn(sde_lib.VPSDE(), form="implicit", trace=trace)
+        assert elbo(lambda x, t: -x, torch.randn(0, 3)).logp.shape == (0,)
+
+
+def test_a_number_of_times_that_is_no_whole_number_is_refused():
+    with pytest.raises(ValueError, match=r"points: expected an integer, got 2.0"):
+        get_elbo_fn(sde_lib.VPSDE(), points=2.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="lam: expected a number, got 'a'"):
+        get_elbo_fn(sde_lib.VPSDE(), lam="a")  # type: ignore[arg-type]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import divergence
+import sde_lib
 from divergence import get_trace, mean_and_error
 from models.utils import create_model
 from randomness import Draws
@@ -338,6 +339,42 @@ def test_a_field_whose_derivative_is_hidden_is_refused_in_either_mode():
             estimate("exact", divergence.watched(lambda x: x.detach() ** 2), x, mode=mode)
         estimate("exact", divergence.watched(torch.ones_like), x, mode=mode)
         estimate("exact", divergence.watched(torch.sin), x, mode=mode)
+
+
+def test_weights_do_not_hide_that_a_field_hides_its_derivative():
+    x, net = torch.randn(3, 4), torch.nn.Linear(4, 4)
+    for mode in ("reverse", "forward"):
+        with pytest.raises(ValueError, match="carries no gradient"):
+            estimate("exact", divergence.watched(lambda x: net(x.detach())), x, mode=mode)
+        _, columns = estimate("exact", divergence.watched(net), x, mode=mode)
+        torch.testing.assert_close(columns, net.weight.trace().expand(3, 1))
+        _, columns = estimate("exact", divergence.watched(lambda x: x), x, mode=mode)
+        assert (columns == 4).all()
+        _, columns = estimate("exact", divergence.watched(lambda x: 0 * x + net.bias), x, mode=mode)
+        assert (columns == 0).all()
+
+
+def test_a_derivative_within_the_field_is_no_obstacle_to_forward_mode():
+    """As the drift of a process has that is given by α and σ alone."""
+
+    class Quadratic(sde_lib.AffineSDE):
+        def alpha(self, t):
+            return 1 - 0.5 * t**2
+
+        def sigma(self, t):
+            return 0.1 + t
+
+    sde, x, t = Quadratic(N=10), torch.randn(3, 4), torch.tensor([0.1, 0.5, 0.9])
+    f = sde_lib.drift_diffusion(sde, t)[0].float()
+    for mode in ("reverse", "forward"):
+        _, columns = estimate("exact", lambda y: sde.sde(y, t)[0], x, mode=mode)
+        torch.testing.assert_close(columns[:, 0], 4 * f)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_empty_batch_has_no_traces(name):
+    _, columns = estimate(name, torch.sin, torch.randn(0, 4), 3 if name == "hutch++" else 1)
+    assert len(columns) == 0
 
 
 @pytest.mark.parametrize(

@@ -382,3 +382,59 @@ def test_network_without_parameters_can_be_evaluated():
     ema = ExponentialMovingAverage([], 0.9)
     state = {"model": Fixed(), "ema": ema, "step": 0}
     assert torch.isfinite(losses.get_step_fn(make("vp"), False)(state, torch.randn(8, 3)))
+
+
+# --- what is refused, and what a sampler of times brings along -------------------------------
+
+
+class FirstChannel(Net):
+    """A network that returns one channel of three, which would broadcast."""
+
+    def forward(self, x, labels):
+        return super().forward(x, labels)[:, :1]
+
+
+@pytest.mark.parametrize(
+    "make_loss",
+    [
+        lambda: losses.get_ddpm_loss_fn(make("vp"), True),
+        lambda: losses.get_smld_loss_fn(make("ve"), True),
+        lambda: losses.get_sde_loss_fn(make("vp"), True),
+        lambda: losses.get_sde_loss_fn(make("vp"), True, weighting="v"),
+    ],
+)
+def test_an_output_of_another_shape_is_refused_by_every_objective(make_loss):
+    with pytest.raises(ValueError, match=r"shape \(2, 1, 4, 4\) for an input of shape \(2, 3, 4"):
+        make_loss()(FirstChannel(), torch.randn(2, 3, 4, 4))
+
+
+def test_training_on_an_empty_batch_is_refused_and_changes_nothing():
+    state, train = make_state(), step_fn()
+    before = snapshot(state)
+    with pytest.raises(ValueError, match="a batch of at least one image, got none"):
+        train(state, torch.randn(0, 3))
+    assert same(snapshot(state), before) and state["step"] == 0
+
+
+def test_an_importance_sampler_divides_by_its_density_over_its_own_range():
+    sde = make("vp")
+    times = sde_lib.LikelihoodTimes(sde, 0.1)
+    values = []
+    for options in ({}, {"eps": 0.1}):
+        torch.manual_seed(0)
+        loss_fn = losses.get_sde_loss_fn(sde, True, time_sampler=times, **options)
+        values.append(loss_fn(Net(), torch.ones(64, 3)).item())
+    assert values[0] == values[1]
+
+
+def test_a_class_in_place_of_a_process_is_refused_with_the_remedy():
+    with pytest.raises(TypeError, match=r"expected a process such as sde_lib.VPSDE\(\)"):
+        losses.get_sde_loss_fn(sde_lib.VPSDE, True)
+
+
+def test_a_weight_that_rewards_errors_and_levels_that_are_none_are_refused():
+    for gamma in (-5.0, 0.0, math.nan):
+        with pytest.raises(ValueError, match="min_snr_gamma"):
+            losses.get_sde_loss_fn(make("vp"), True, weighting="min_snr", min_snr_gamma=gamma)
+    with pytest.raises(ValueError, match="N ≥ 1 noise levels, got -3"):
+        losses.get_annealed_loss_fn(make("vp"), N=-3)

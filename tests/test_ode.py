@@ -380,14 +380,53 @@ def test_overflow_within_a_step_is_tried_shorter():
         ({"rtol": 0, "atol": 0}, "not both zero"),
         ({"rtol": -1}, "rtol, atol ≥ 0"),
         ({"args": (torch.ones(3),)}, r"one first dimension, got \[2, 3\]"),
+        ({"state": torch.ones(2, 2).long()}, r"floating-point numbers, got \['torch.int64'\]"),
+        ({"state": torch.eye(2), "atol": 0}, r"atol=0 allows no error .* use atol > 0"),
+        ({"state": torch.eye(2), "atol": 0, "method": "RK45"}, r"atol=0 allows no error"),
+        ({"t1": torch.ones(2), "method": "RK45"}, r"'RK45' takes t0 and t1 as numbers"),
     ],
 )
 def test_impossible_options_are_refused(options, message):
+    given = {"state": torch.ones(2, 2), "t1": 1.0} | options
     with pytest.raises(ValueError, match=message):
-        ode.solve(lambda t, s, *a: s, (torch.ones(2, 2),), 0.0, 1.0, **options)
+        ode.solve(lambda t, s, *a: s, (given.pop("state"),), 0.0, given.pop("t1"), **given)
 
 
 def test_derivatives_of_another_shape_are_refused():
     for wrong in (lambda t, s: (s[0][:, 0],), lambda t, s: ()):
         with pytest.raises(ValueError, match=r"for a state of \(\(2, 3\),\)"):
             ode.solve(wrong, (torch.ones(2, 3),), 0.0, 1.0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_evaluations_are_limited_with_every_solver_that_chooses_its_steps(method):
+    with pytest.raises(ode.SolverError, match=r"on its way to 1, .*[Rr]aise max_nfe = 20"):
+        ode.solve(lambda t, s: (-1e3 * s[0],), (torch.ones(2, 1),), 0, 1, method=method, max_nfe=20)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_an_interval_of_length_zero_may_be_followed_by_a_callback(method):
+    shares, y = [], torch.ones(2, 1)
+    found = ode.solve(
+        lambda t, s: (-s[0],), (y,), 1, 1, method=method, callback=lambda c, s, *_: shares.append(s)
+    )
+    assert torch.equal(found.state[0], y) and set(shares) == {1.0}
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_atol_may_be_zero_where_no_number_is(method):
+    y = torch.tensor([[1.0, -3.0]])
+    found = ode.solve(lambda t, s: (-s[0],), (y,), 0, 1, method=method, atol=0)
+    torch.testing.assert_close(found.state[0], y * math.exp(-1), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ode.METHODS)
+def test_evaluations_of_scipys_solvers_are_counted_with_those_of_their_jacobians(method):
+    count = []
+
+    def fn(t, state):
+        count.append(t)
+        return (-50 * state[0],)
+
+    found = ode.solve(fn, (torch.ones(2, 3, dtype=F64),), 0, 1, method=method)
+    assert found.calls == len(count) and (found.nfe == len(count)).all()

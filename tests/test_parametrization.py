@@ -432,3 +432,17 @@ def test_a_users_network_wins_over_a_built_in_one_of_its_name(monkeypatch):
     assert utils.get_model("ncsnpp") is mine
     with pytest.raises(ValueError, match="already registered"):
         utils.register_model(type("Other", (torch.nn.Module,), {}), name="ncsnpp")
+
+
+def test_times_that_fit_no_sample_are_refused_by_every_face():
+    score, x = as_score_function(lambda x, t: -x, toys.all_sdes()["vp"]), torch.randn(3, 2)
+    for face in (score, score.denoise, score.noise, score.velocity):
+        for t, message in [
+            (torch.rand(2), r"one time for each of 3 samples, .* shape \(2,\); use t.reshape"),
+            (torch.rand(3, 1), r"one time for each of 3 samples, .* shape \(3, 1\)"),
+            (0.5, "its time as a tensor, got float; use torch.full"),
+        ]:
+            with pytest.raises(ValueError, match=message):
+                face(x, t)
+        for t in (torch.tensor(0.5), torch.tensor([0.5]), torch.full((3,), 0.5)):
+            torch.testing.assert_close(face(x, t), face(x, torch.full((3,), 0.5)))

@@ -192,3 +192,32 @@ def test_numbers_are_made_on_the_device_without_asking_or_feeding_it():
         assert d.randn("z", (3, 32, 32)).shape == (128, 3, 32, 32)
         assert d.rand("u", (5,), torch.float64).dtype == torch.float64
         assert d.rand("t").shape == d.randint("i", 7).shape == (128,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_uniform_numbers_of_16_bits_are_rounded_ones_of_float32_below_one(dtype):
+    draws = Draws(0, 0, 0, 100_000)
+    u, exact = draws.rand("u", (), dtype), draws.rand("u")
+    assert u.dtype == dtype and u.min() >= 0 and u.max() < 1
+    assert (u.double() - exact.double()).abs().max() <= torch.finfo(dtype).eps / 2
+
+
+def test_no_integer_is_below_zero():
+    with pytest.raises(ValueError, match="below high ≥ 1, got high=0"):
+        Draws(0, 0, 0, 3).randint("label", 0)
+
+
+def test_noise_is_torchs_or_the_images_own_in_the_dtype_of_the_data():
+    x = torch.zeros(3, 2, dtype=torch.float64)
+    torch.manual_seed(4)
+    z = randomness.normal(x, None, "z")
+    torch.manual_seed(4)
+    assert torch.equal(z, torch.randn(3, 2, dtype=torch.float64))
+    draws = Draws(0, 0, 5, 3)
+    assert torch.equal(randomness.normal(x, draws, "z"), draws.randn("z", (2,)).double())
+
+
+def test_noise_of_one_image_is_not_shared_among_others():
+    for x in (torch.zeros(4, 2), torch.zeros(4)):
+        with pytest.raises(ValueError, match=r"draws for 4 images, got 1; use draws\.rows"):
+            randomness.normal(x, Draws(0, 0, 0, 1), "z")

@@ -381,3 +381,78 @@ def test_a_reverse_process_hides_no_attribute_of_a_users_process():
     rsde = Named().reverse(lambda x, t: -x, probability_flow=True)
     assert (rsde.tau, rsde.score_fn, rsde.forward_sde) == (7.0, "mine", "mine too")
     assert rsde.probability_flow
+
+
+# --- what is not quite a time, a coefficient or an observation ------------------------------
+
+
+@pytest.mark.parametrize("name", [*NAMES, "edm"])
+def test_times_that_are_whole_numbers_are_times(name):
+    sde = sde_lib.EDM() if name == "edm" else make(name)
+    x, whole = torch.randn(3, 2), torch.ones(3, dtype=torch.long)
+    for method in (sde.sde, sde.marginal_prob, sde.discretize):
+        for got, want in zip(method(x, whole), method(x, whole.float()), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_priors_density_of_16_bit_numbers_is_that_of_the_same_numbers_in_32(dtype):
+    sde = VESDE()
+    z = sde.prior_sampling((2, 3, 32, 32)).to(dtype)
+    assert torch.equal(sde.prior_logp(z), sde.prior_logp(z.float()))
+
+
+def test_a_coefficient_that_is_a_number_is_refused_with_the_remedy():
+    class Constant(AffineSDE):
+        def alpha(self, t):
+            return 1.0  # type: ignore[override]
+
+        def sigma(self, t):
+            return 0.1 + t
+
+    with pytest.raises(TypeError, match=r"alpha\(t\) returned 1.0 .*1.0 \* torch.ones_like\(t\)"):
+        Constant(N=10).reverse(lambda x, t: -x)
+
+
+def test_a_coefficient_with_weights_of_its_own_and_no_time_in_it_has_no_slope():
+    class Learned(AffineSDE):
+        scale = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+        def alpha(self, t):
+            return self.scale * torch.ones_like(t)
+
+        def sigma(self, t):
+            return 0.1 + t
+
+    assert (drift_diffusion(Learned(N=10), TIMES)[0] == 0).all()
+
+
+def test_what_a_users_method_stumbled_over_is_the_cause_of_its_refusal():
+    class Broken(toys.UserSDE):
+        def marginal_prob(self, x, t):
+            raise RuntimeError("a table lies on another device")
+
+    with pytest.raises(ValueError, match="no batch of 2 to 5 axes") as caught:
+        alpha_sigma(Broken(N=10), TIMES)
+    assert "another device" in str(caught.value.__cause__)
+
+
+def test_an_observation_that_is_no_tensor_is_refused_when_it_is_bound():
+    with pytest.raises(TypeError, match=r"an observation y as a tensor .* got NoneType"):
+        sde_lib.OUVE().bind(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"bound to y of shape \(\), which does not fit"):
+        sde_lib.OUVE().bind(torch.ones(())).prior_logp(torch.ones(3))
+
+
+def test_an_observation_is_sent_to_the_device_of_the_state_once():
+    bound = sde_lib.OUVE().bind(torch.ones(1, 2))
+    x = torch.empty(3, 2, device="meta")
+    first = sde_lib.origin(bound, x)
+    assert first is not None and first.device.type == "meta"
+    assert sde_lib.origin(bound, x) is first
+
+
+def test_a_family_member_that_is_no_number_is_refused():
+    for tau in (math.nan, "1"):
+        with pytest.raises(ValueError, match="tau: expected a number"):
+            make("vp").reverse(lambda x, t: -x, tau=tau)  # type: ignore[arg-type]
