@@ -18,7 +18,12 @@ from controllable_generation_classes import (
     get_pc_conditional_sampler,
     guided_from_config,
 )
-from controllable_generation_loop import Constraint, KnownPart, get_constrained_sampler
+from controllable_generation_loop import (
+    Constraint,
+    KnownPart,
+    check_finite,
+    get_constrained_sampler,
+)
 from models.utils import get_score_fn
 
 __all__ = [
@@ -72,6 +77,7 @@ def get_pc_inpainter(
     make = _maker(sde, predictor, corrector, inverse_scaler, snr, settings, options)
 
     def pc_inpainter(model, data, mask):
+        _check_images(data)
         return make(model, data, lambda x: known_pixels(sde, x, mask))
 
     return pc_inpainter
@@ -105,6 +111,7 @@ def get_pc_colorizer(
     make = _maker(sde, predictor, corrector, inverse_scaler, snr, settings, options)
 
     def pc_colorizer(model, gray_scale_img):
+        _check_images(gray_scale_img)
         if gray_scale_img.ndim != 4 or gray_scale_img.shape[1] not in (1, 3):
             raise ValueError(
                 "expected grey images (B, 3, H, W) or (B, 1, H, W), got shape "
@@ -140,7 +147,7 @@ def known_pixels(sde, data: torch.Tensor, mask: torch.Tensor) -> KnownPart:
     known = mask.to(data.device).bool()
     known = known.expand(data.shape)
     data = torch.where(known, data, torch.zeros_like(data))
-    _check_finite(data, "known pixels")
+    check_finite(data, "known pixels")
 
     def project(x, other):
         return torch.where(known, other, x)
@@ -153,7 +160,7 @@ def known_grey(sde, data: torch.Tensor) -> KnownPart:
 
     Raises: ValueError for data that are not finite.
     """
-    _check_finite(data, "grey images")
+    check_finite(data, "grey images")
 
     def project(x, other):
         return x + (other - x).mean(dim=1, keepdim=True)
@@ -161,10 +168,13 @@ def known_grey(sde, data: torch.Tensor) -> KnownPart:
     return KnownPart(sde, data, project)
 
 
-def _check_finite(data: torch.Tensor, name: str) -> None:
-    bad = int((~torch.isfinite(data)).sum())
-    if bad:
-        raise ValueError(f"expected finite {name}, got {bad} numbers that are not")
+def _check_images(data) -> None:
+    if not torch.is_tensor(data) or not data.is_floating_point() or not data.numel():
+        kind = f"{data.dtype} of shape {tuple(data.shape)}" if torch.is_tensor(data) else type(data)
+        raise ValueError(
+            f"expected images as the network sees them, a floating-point tensor, got {kind}; "
+            "scale them first (data_lib.get_data_scaler)"
+        )
 
 
 def _maker(sde, predictor, corrector, inverse_scaler, snr, settings, options) -> Callable:
@@ -178,12 +188,6 @@ def _maker(sde, predictor, corrector, inverse_scaler, snr, settings, options) ->
     sampler((1, 1, 1, 1), Constraint(), **checked)
 
     def make(model, data, constraint):
-        if not torch.is_tensor(data) or not data.is_floating_point() or not data.numel():
-            kind = data.dtype if torch.is_tensor(data) else type(data).__name__
-            raise ValueError(
-                f"expected images as the network sees them, a floating-point tensor, got {kind}; "
-                "scale them first (data_lib.get_data_scaler)"
-            )
         score_fn = get_score_fn(sde, model, train=False, continuous=settings["continuous"])
         where = settings["device"] or score_fn.device or data.device
         wide = {"dtype": torch.promote_types(data.dtype, torch.float32), **options}

@@ -28,11 +28,13 @@ def classifier_gradient(sde, classifier, labels: torch.Tensor) -> Callable:
 
     Raises: ValueError for labels that are not integers from 0 to classes − 1, one per sample.
     """
+    labels = torch.as_tensor(labels)
     if labels.ndim != 1 or labels.is_floating_point() or int(labels.min()) < 0:
         raise ValueError(
             "expected class labels from 0 as a vector (B,) of integers, got shape "
             f"{tuple(labels.shape)} of {labels.dtype}"
         )
+    labels = labels.long()
     logits_fn, largest = get_classifier_fn(sde, classifier), int(labels.max())
 
     def log_likelihood(x, t):

@@ -64,6 +64,13 @@ class KnownPart(Constraint):
         return self.project(x, noised), self.project(x_mean, mean)
 
 
+def check_finite(x: torch.Tensor, name: str) -> None:
+    """Refuse numbers that no state can be kept to: ValueError."""
+    bad = int((~torch.isfinite(x)).sum())
+    if bad:
+        raise ValueError(f"expected finite {name}, got {bad} numbers that are not")
+
+
 def get_constrained_sampler(
     sde,
     shape,

@@ -9,19 +9,20 @@ docs/inverse_problems.md.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+import arguments
+from controllable_generation_loop import check_finite
 from sampling import get_corrector, get_pc_sampler, get_predictor
 from sampling_loop import class_of, score_and_device, with_options
-from sampling_steps import add_to
+from sampling_steps import add_to, load, look_up
 
-#: By name: functions of (sde, shape, operator, y, *, noise, steps, schedule, eps, continuous,
+#: By name: functions of (sde, shape, operator, y, *, noise, steps, schedule, rho, eps, continuous,
 #: generator, seeds, progress, **options) that return sampler(model) -> (samples, evaluations).
 METHODS: dict[str, Callable] = {}
 
@@ -36,17 +37,12 @@ def register_inverse_solver(fn=None, *, name: str):
 
 def get_inverse_solver(name: str) -> Callable:
     """The solver registered under `name`."""
-    load_inverse_solvers()
-    if name not in METHODS:
-        raise ValueError(f"inverse solver {name!r} is unknown; known: {', '.join(sorted(METHODS))}")
-    return METHODS[name]
+    return look_up(METHODS, "inverse solver", name, _PROVIDERS)
 
 
 def load_inverse_solvers() -> dict[str, Callable]:
     """METHODS, with every module of this room that registers some loaded."""
-    for module in _PROVIDERS:
-        if importlib.util.find_spec(module):
-            importlib.import_module(module)
+    load(_PROVIDERS)
     return METHODS
 
 
@@ -63,12 +59,30 @@ def check_problem(shape, operator, y: torch.Tensor, noise: float) -> float:
             f"samples of shape {tuple(shape[1:])} do not fit {operator!r}; make the operator for "
             "the shape of one sample"
         )
-    out = tuple(operator.shape_out)
-    if tuple(y.shape[1:]) != out or len(y) not in (1, shape[0]):
-        raise ValueError(
-            f"expected a measurement of shape (1 or {shape[0]}, *{out}) for {shape[0]} samples, "
-            f"got {tuple(y.shape)}; give one y for all samples, or one each"
+    check_measurement(operator, y, shape[0])
+    check_finite(y, "measurements")
+    return check_noise(noise)
+
+
+def check_measurement(operator, y: torch.Tensor, n: int) -> None:
+    """Refuse what is no measurement of n samples by `operator`, one for all or one each."""
+    if not torch.is_tensor(y) or not y.is_floating_point():
+        kind = y.dtype if torch.is_tensor(y) else type(y).__name__
+        raise arguments.WrongTypeError(
+            f"y: expected a measurement, a tensor in floating point, got {kind}; operator(x) makes "
+            "one"
         )
+    out = tuple(operator.shape_out)
+    if tuple(y.shape[1:]) != out or len(y) not in (1, n):
+        raise ValueError(
+            f"expected a measurement of shape (1 or {n}, *{out}) for {n} samples, got "
+            f"{tuple(y.shape)}; give one y for all samples, or one each"
+        )
+
+
+def check_noise(noise: float) -> float:
+    """σ_y as a float; refused where it is no standard deviation."""
+    arguments.number(noise=noise)
     if not (noise >= 0 and math.isfinite(noise)):
         raise ValueError(f"expected the standard deviation of the noise, ≥ 0, got {noise}")
     return float(noise)
@@ -85,6 +99,34 @@ def need_svd(operator, method: str):
 
 
 # --- a method that is a wrapper of the denoiser -----------------------------------------------
+
+
+def chosen_predictor(predictor: Any, solver: dict | None = None) -> Any:
+    """A predictor, by its name or a class, with the options `solver`."""
+    predictor = get_predictor(predictor) if isinstance(predictor, str) else predictor
+    if not solver:
+        return predictor
+    return with_options(predictor, solver, f"predictor {class_of(predictor).__name__}")
+
+
+def method_sampler(
+    name: str, wrap: Callable, sde, shape, own: dict[str, Any], options: dict[str, Any]
+) -> Callable:
+    """`get_wrapped_sampler` of the method `name`, by its `own` arguments and a caller's `options`.
+
+    Raises: ValueError for an option that there is not, and for one that the method sets itself.
+    """
+    known = set()
+    for fn in (get_wrapped_sampler, get_pc_sampler):
+        parameters = inspect.signature(fn).parameters.values()
+        known |= {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    known -= own.keys()
+    if unknown := sorted(options.keys() - known):
+        raise ValueError(
+            f"{name} has no option {', '.join(map(repr, unknown))}; besides those of its own it "
+            f"has {', '.join(sorted(known))}"
+        )
+    return get_wrapped_sampler(wrap, sde, shape, **own, **options)
 
 
 def get_wrapped_sampler(
@@ -115,10 +157,8 @@ def get_wrapped_sampler(
         callback, progress, constrain, start.
       The others are those of `sampling.get_pc_sampler`.
     """
-    predictor = get_predictor(predictor) if isinstance(predictor, str) else predictor
+    predictor = chosen_predictor(predictor, solver)
     corrector = get_corrector(corrector) if isinstance(corrector, str) else corrector
-    if solver:
-        predictor = with_options(predictor, solver, f"predictor {class_of(predictor).__name__}")
     inner = get_pc_sampler(
         sde,
         shape,

@@ -26,8 +26,10 @@ from typing import Any
 import torch
 
 from controllable_generation_methods import (
+    check_measurement,
+    check_noise,
     check_problem,
-    get_wrapped_sampler,
+    method_sampler,
     register_inverse_solver,
 )
 from operators_base import conjugate_gradients
@@ -244,7 +246,8 @@ class PosteriorScore(_Wrapper):
     def _look(self, x, t, y, conditions):
         self.nfe += self.evaluations
         (base,), kind = self.inner, self.parametrization.output
-        y = _fitting(y, x, self.operator)
+        check_measurement(self.operator, y, len(x))
+        y = y.to(x.device, x.dtype)
         with torch.inference_mode(False), torch.enable_grad():
             leaf = x.detach().clone().requires_grad_(True)
             output = base._face(kind, leaf, t, conditions)
@@ -284,16 +287,6 @@ def _share(view: View, shift) -> torch.Tensor:
     moved, size = norm(view.operator(shift)), norm(shift)
     most = LARGEST * view.data_std * math.sqrt(shift[0].numel())
     return torch.minimum(r / moved.clamp(min=tiny), most / size.clamp(min=tiny)).clamp(max=1)
-
-
-def _fitting(y, x, operator) -> torch.Tensor:
-    out = tuple(operator.shape_out)
-    if tuple(y.shape[1:]) != out or len(y) not in (1, len(x)):
-        raise ValueError(
-            f"expected a measurement of shape (1 or {len(x)}, *{out}) for {len(x)} samples, got "
-            f"{tuple(y.shape)}; give one y for all samples, or one each"
-        )
-    return y.to(x.device, x.dtype)
 
 
 def get_rule(method: str, options: dict | None = None) -> Callable:
@@ -347,8 +340,7 @@ def posterior_score(
             f"posterior_score needs a score, got the network {type(score_fn).__name__}; use "
             "models.utils.get_score_fn(sde, network, continuous=...)"
         )
-    if not (noise >= 0 and math.isfinite(noise)):
-        raise ValueError(f"expected the standard deviation of the noise, ≥ 0, got {noise}")
+    noise = check_noise(noise)
     _positive("data_std", data_std)
     rule = get_rule(method, options)
     inner = as_score_function(score_fn, sde)
@@ -380,7 +372,7 @@ def _solver(method: str) -> Callable:
         def wrap(score_fn):
             return posterior_score(score_fn, sde, operator, y, noise, method, **given)
 
-        return get_wrapped_sampler(wrap, sde, shape, **options)
+        return method_sampler(method, wrap, sde, shape, {}, options)
 
     solver.__name__ = method
     solver.__doc__ = f"""Sampling with `posterior_score(..., method={method!r})`.

@@ -24,11 +24,13 @@ from typing import Any
 
 import torch
 
+import arguments
 import sde_lib
 from controllable_generation_loop import Constraint
 from controllable_generation_methods import (
     check_problem,
-    get_wrapped_sampler,
+    chosen_predictor,
+    method_sampler,
     register_inverse_solver,
 )
 from controllable_generation_spectral import DDNMPlusPredictor, DDRMPredictor, Spectrum
@@ -71,7 +73,7 @@ class KnownMeasurement(Constraint):
     def holds(self, x, t) -> bool:
         """Whether at time t every direction that is measured is still moved."""
         alpha, sigma = alpha_sigma(self.sde, t, x)
-        return self.spectrum is None or float(sigma / alpha) >= self.spectrum.noisiest
+        return self.spectrum is None or float(sigma / alpha) >= self.spectrum.noisiest(x)
 
     def __call__(self, x, x_mean, t):
         spectrum = self.spectrum
@@ -136,9 +138,12 @@ def get_projection_sampler(
     if not 0 < weight <= 1:
         raise ValueError(f"projection needs a weight of 0 < w ≤ 1, got {weight}; 1 is replacement")
     known = KnownMeasurement(sde, operator, y, noise, weight)
-    return get_wrapped_sampler(
-        lambda score: score, sde, shape, constrain=known, start=known.start, **options
-    )
+    own = {"constrain": known, "start": known.start}
+    return method_sampler("projection", _as_it_is, sde, shape, own, options)
+
+
+def _as_it_is(score):
+    return score
 
 
 # --- RePaint ----------------------------------------------------------------------------------
@@ -202,6 +207,7 @@ def get_repaint_sampler(
     schedule: Any = "uniform",
     rho: float = RHO,
     eps: float | None = None,
+    solver: dict | None = None,
     **options: Any,
 ):
     """Replacement with resampling (Lugmayr et al. 2022): sampler(model) -> (samples, evaluations).
@@ -214,13 +220,15 @@ def get_repaint_sampler(
     Args:
       jump: j, steps of a stretch.
       resamplings: r; 1 is replacement.
-      predictor: what takes the steps, by name or class; it needs a step(x, t, s).
+      predictor, solver: what takes the steps, by name or class, and its options; it needs a
+        step(x, t, s).
       The others as `get_replacement_sampler`.
     """
     noise = check_problem(shape, operator, y, noise)
+    arguments.whole(jump=jump, resamplings=resamplings)
     if jump < 1 or resamplings < 1:
         raise ValueError(f"repaint needs jump and resamplings ≥ 1, got {jump} and {resamplings}")
-    inner = get_predictor(predictor) if isinstance(predictor, str) else predictor
+    inner = chosen_predictor(predictor, solver)
     if not own_step(class_of(inner)):
         raise ValueError(
             f"repaint goes by step(x, t, s), and {class_of(inner).__name__} has none of its own; "
@@ -233,18 +241,15 @@ def get_repaint_sampler(
     stretch = functools.partial(
         _RePaint, inner=inner, constrain=known, times=times, resamplings=resamplings
     )
-    return get_wrapped_sampler(
-        lambda score: score,
-        sde,
-        shape,
-        predictor=stretch,
-        steps=len(ends),
-        schedule=lambda *_: ends,
-        eps=eps,
-        constrain=known,
-        start=known.start,
-        **options,
-    )
+    own = {
+        "predictor": stretch,
+        "steps": len(ends),
+        "schedule": lambda *_: ends,
+        "eps": eps,
+        "constrain": known,
+        "start": known.start,
+    }
+    return method_sampler("repaint", _as_it_is, sde, shape, own, options)
 
 
 # --- DDRM -------------------------------------------------------------------------------------
@@ -280,10 +285,8 @@ def get_ddrm_sampler(
         raise ValueError(f"ddrm needs eta and eta_b of 0 to 1, got {eta} and {eta_b}")
     spectrum = Spectrum(operator, y, noise, "ddrm")
     predictor = functools.partial(DDRMPredictor, spectrum=spectrum, eta=eta, eta_b=eta_b)
-    begin = predictor(sde, _no_score).begin
-    return get_wrapped_sampler(
-        lambda score: score, sde, shape, predictor=predictor, start=begin, **options
-    )
+    own = {"predictor": predictor, "solver": None, "start": predictor(sde, _no_score).begin}
+    return method_sampler("ddrm", _as_it_is, sde, shape, own, options)
 
 
 def _no_score(x, t):
@@ -330,12 +333,15 @@ def get_ddnm_sampler(
             )
         spectrum = Spectrum(operator, y, noise, "ddnm with noise")
         plus = functools.partial(DDNMPlusPredictor, spectrum=spectrum, eta=eta)
-        return get_wrapped_sampler(lambda score: score, sde, shape, predictor=plus, **options)
+        own = {"predictor": plus, "solver": None}
+        return method_sampler("ddnm with noise", _as_it_is, sde, shape, own, options)
     if predictor is None:
         predictor = functools.partial(get_predictor("ddim"), eta=eta)
-    inner = get_wrapped_sampler(
-        lambda score: ddnm_score(score, operator, y), sde, shape, predictor=predictor, **options
-    )
+
+    def wrap(score):
+        return ddnm_score(score, operator, y)
+
+    inner = method_sampler("ddnm", wrap, sde, shape, {"predictor": predictor}, options)
 
     def sampler(model):
         samples, nfe = inner(model)
@@ -390,33 +396,29 @@ def get_sdedit_sampler(
         raise ValueError(f"expected a guide of shape {tuple(shape)}, got {tuple(y.shape)}")
     eps = sde.sampling_eps if eps is None else eps
     t0 = sde.T / 2 if t0 is None else t0
+    arguments.real(t0=t0, eps=eps)
     if not eps < t0 <= sde.T:
         raise ValueError(f"sdedit needs eps < t0 ≤ T, that is {eps} to {sde.T}, got {t0}")
-    if schedule not in SCHEDULES:
+    if not isinstance(schedule, str) or schedule not in SCHEDULES:
         known = ", ".join(SCHEDULES)
         raise ValueError(f"schedule {schedule!r} is unknown; sdedit knows {known}")
     steps = max(round(t0 / sde.T * sde.N), 2) if steps is None else steps
-    ends = torch.tensor([t0, eps], dtype=torch.float64)
-    times = SCHEDULES[schedule](sde, ends, torch.linspace(0, 1, steps, dtype=torch.float64), rho)
-    times[0], times[1:][-1:] = ends[0], ends[1]
+    times = time_grid(sde, eps, steps, schedule, rho=rho, start=t0)
     # Another stream than the steps' own of the same seeds.
-    own = None if seeds is None else [int(s) ^ 0x9E3779B9 for s in seeds]
+    noising = None if seeds is None else [int(s) ^ 0x9E3779B9 for s in seeds]
 
     def start(x):
         guide = y.to(x) if operator is None else operator.pinv(y.to(x))
         point = Point(sde, times[0], x)
-        noised = point.alpha * guide + point.sigma * NoiseSource(generator, own).randn_like(x)
+        noised = point.alpha * guide + point.sigma * NoiseSource(generator, noising).randn_like(x)
         return noised if point.shift is None else noised + point.shift
 
-    return get_wrapped_sampler(
-        lambda score: score,
-        sde,
-        shape,
-        steps=steps,
-        schedule=lambda *_: times,
-        eps=eps,
-        generator=generator,
-        seeds=seeds,
-        start=start,
-        **options,
-    )
+    own = {
+        "steps": steps,
+        "schedule": lambda *_: times,
+        "eps": eps,
+        "generator": generator,
+        "seeds": seeds,
+        "start": start,
+    }
+    return method_sampler("sdedit", _as_it_is, sde, shape, own, options)

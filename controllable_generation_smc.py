@@ -7,6 +7,7 @@ network and however rough the guidance.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,12 +15,24 @@ from typing import Any
 
 import torch
 
+import arguments
 import sde_lib
-from controllable_generation_methods import check_problem, register_inverse_solver
-from controllable_generation_posterior import Guide, PosteriorScore, posterior_score
+from controllable_generation_methods import (
+    check_measurement,
+    check_noise,
+    check_problem,
+    register_inverse_solver,
+)
+from controllable_generation_posterior import (
+    Guide,
+    PosteriorScore,
+    get_rule,
+    posterior_score,
+)
+from parametrization import Point
 from randomness import seed_for
 from sampling_grids import RHO, check_eps, time_grid
-from sampling_loop import FiniteWatch, score_and_device, step_bar
+from sampling_loop import FiniteWatch, check_common, check_seeds, score_and_device, step_bar
 from sampling_noise import NoiseSource
 from sde_lib import alpha_sigma, half_log_snr
 
@@ -130,8 +143,10 @@ def twisted_smc(
       is not finite.
     """
     end = sde.sampling_eps if eps is None else eps
-    _check_method(method)
-    _check(sde, operator, y, noise, particles, tau, resample_below, seeds, chunk)
+    _check(
+        sde, operator, y, noise, particles=particles, method=method, tau=tau,
+        resample_below=resample_below, seeds=seeds, chunk=chunk, dtype=dtype, callback=callback,
+    )  # fmt: skip
     check_eps(sde, end, (1, *operator.shape_in))
     times = time_grid(sde, end, steps, schedule, rho=rho)
     inner, target = score_and_device(sde, model, continuous, device)
@@ -162,7 +177,7 @@ def twisted_smc(
             x, D, shift, log_psi = (_gather(v, picked) for v in (x, guide.D, guide.shift, log_psi))
             x, log_ratio = run.move(x, D, shift, times[i], times[i + 1], tau)
             log_w = log_w + log_ratio
-        watch.check()
+        watch.last(x.flatten(1))
     log_evidence = log_evidence + log_w.logsumexp(1) - math.log(particles)
     calls = max(1, math.ceil(len(y) * particles / run.chunk))
     return Particles(
@@ -181,11 +196,14 @@ def get_smc_solver(sde, shape, operator, y, *, noise: float = 0.0, **options: An
       options: of `twisted_smc`; `particles` is at least the number drawn.
     """
     check_problem(shape, operator, y, noise)
-    _check_method(options.get("method", "pigdm"))
     each = shape[0] // len(y)
+    settings = {"particles": max(64, each), **options}
+    _check(sde, operator, y, noise, **settings)
+    explicit = inspect.signature(twisted_smc).parameters
+    of_rule = {k: v for k, v in options.items() if k not in {*explicit, "data_std", "until"}}
+    get_rule(options.get("method", "pigdm"), of_rule)
 
     def sampler(model):
-        settings = {"particles": max(64, each), **options}
         result = twisted_smc(model, sde, operator, y, noise, **settings)
         drawn = result.draw(each, options.get("generator"), options.get("seeds"))
         return drawn.flatten(0, 1), result.nfe
@@ -274,10 +292,8 @@ class _Run:
 
     def _origin(self, t, x):
         """E[x_t | x_0 = 0], for one particle of each measurement."""
-        if sde_lib.is_declared_affine(self.sde) and sde_lib.origin(self.sde, x[:, 0]) is None:
-            return 0.0
-        ones = torch.ones(len(x), dtype=x.dtype, device=x.device)
-        return self.sde.marginal_prob(torch.zeros_like(x[:, 0]), ones * t)[0].unsqueeze(1)
+        shift = Point(self.sde, t, x[:, 0]).shift
+        return 0.0 if shift is None else shift.unsqueeze(1)
 
 
 def _other(seeds: Sequence[int] | None) -> list[int] | None:
@@ -298,30 +314,43 @@ def _gather(v: torch.Tensor, picked: torch.Tensor) -> torch.Tensor:
     return v[torch.arange(len(v), device=v.device).unsqueeze(1), picked]
 
 
-def _check_method(method: str) -> None:
+def _check(
+    sde,
+    operator,
+    y,
+    noise,
+    *,
+    particles: int,
+    method: str = "pigdm",
+    tau: float = 1.0,
+    resample_below: float = 0.5,
+    seeds=None,
+    chunk: int | None = None,
+    dtype: torch.dtype | None = None,
+    callback: Callable | None = None,
+    **_,
+) -> None:
+    """Refuse what `twisted_smc` cannot do, before the long work."""
     if method == "dps":
         raise ValueError(
             "'dps' approximates no p(y | x_t), which twisted_smc needs; use 'pigdm', with "
             "data_std near 0 for the likelihood that dps starts from, 'tmpd' or 'mmps'"
         )
-
-
-def _check(sde, operator, y, noise, particles, tau, resample_below, seeds, chunk) -> None:
+    check_common(check_eps, dtype, callback=callback)
+    arguments.whole(particles=particles)
+    arguments.number(tau=tau, resample_below=resample_below)
+    arguments.optional(arguments.whole, chunk=chunk)
     if not sde_lib.is_affine(sde):
         raise ValueError(
             f"twisted_smc needs λ = log(α/σ), and the drift or mean of {type(sde).__name__} is not "
             "affine in x; use posterior_score under euler_maruyama"
         )
-    if not noise > 0:
+    if not check_noise(noise) > 0:
         raise ValueError(
             f"twisted_smc weighs by N(y; A D, σ_y²) and needs noise > 0, got {noise}; give a small "
             "one, such as 0.01 of the data's standard deviation"
         )
-    if tuple(y.shape[1:]) != tuple(operator.shape_out):
-        raise ValueError(
-            f"expected measurements of shape (B, *{tuple(operator.shape_out)}), got "
-            f"{tuple(y.shape)}"
-        )
+    check_measurement(operator, y, len(y))
     if particles < 1 or not tau > 0 or not 0 <= resample_below <= 1:
         raise ValueError(
             "twisted_smc needs particles ≥ 1, tau > 0 and 0 ≤ resample_below ≤ 1, got "
@@ -329,5 +358,4 @@ def _check(sde, operator, y, noise, particles, tau, resample_below, seeds, chunk
         )
     if chunk is not None and chunk < 1:
         raise ValueError(f"expected chunk ≥ 1, got {chunk}")
-    if seeds is not None and len(seeds) != len(y):
-        raise ValueError(f"expected {len(y)} seeds, one per measurement, got {len(seeds)}")
+    check_seeds(seeds, (len(y),), what="measurement")

@@ -39,10 +39,9 @@ class Spectrum:
             self._at = key, values
         return self._at[1]
 
-    @property
-    def noisiest(self) -> float:
-        """The largest σ_y/s of a direction that is measured."""
-        s = self.svd.values
+    def noisiest(self, x: Tensor) -> float:
+        """The largest σ_y/s of a direction that is measured, in x's dtype as `at` has it."""
+        s = self.svd.values.to(x.dtype)
         return self.noise / s[self.svd.nonzero(s)].min().item()
 
     def move(self, x: Tensor, where: Tensor, target: Tensor, weight: float = 1.0) -> Tensor:

@@ -40,6 +40,19 @@ class Constants:
         return self._copies[key]
 
 
+def without_autocast(fn: Callable) -> Callable:
+    """fn(x) free of autocast, under which matrix products would be of half precision."""
+
+    @functools.wraps(fn)
+    def run(x: Tensor) -> Tensor:
+        if not torch.amp.is_autocast_available(x.device.type):
+            return fn(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return fn(x)
+
+    return run
+
+
 # --- singular value decomposition -------------------------------------------------------------
 
 
@@ -61,6 +74,8 @@ class SVD:
 
     def __post_init__(self):
         object.__setattr__(self, "_constants", Constants(s=self.values))
+        for name in ("V", "Vt", "U", "Ut"):
+            object.__setattr__(self, name, without_autocast(getattr(self, name)))
 
     def like(self, x: Tensor) -> Tensor:
         """The singular values on x's device, in its dtype."""
@@ -99,8 +114,9 @@ class Operator:
     """A linear map A of x, (B, *shape_in), to y = A x, (B, *shape_out).
 
     A subclass defines `forward` and `transpose` of one batch axis, and `_svd` where it is cheap.
-    Constants follow the device and dtype of the data (float32 or float64); all maps are
-    differentiable. Any number of leading axes goes.
+    Constants follow the device and dtype of the data, float32 or float64; half precision is
+    computed in float32, and autocast is not heard. All maps are differentiable. Any number of
+    leading axes goes.
 
     Args:
       shape_in, shape_out: of one sample.
@@ -158,7 +174,14 @@ class Operator:
           y: (B, *shape_out).
           r2, s2: numbers ≥ 0, or one for each sample, (B,).
         """
-        self._check(y, self.shape_out, "y")
+        empty = torch.is_tensor(y) and not y.numel()  # r2 and s2, of no samples, fit no other y
+
+        def solve(y):
+            return y if empty else self._solve_gram(y, r2, s2)
+
+        return self._batched(solve, y, self.shape_out, "y")
+
+    def _solve_gram(self, y: Tensor, r2: Any, s2: Any) -> Tensor:
         r2, s2 = (torch.as_tensor(v, dtype=y.dtype, device=y.device) for v in (r2, s2))
         if self.svd is None:
             return self._solve_gram_by_cg(y, r2, s2)
@@ -183,11 +206,13 @@ class Operator:
 
     def _batched(self, fn: Callable, x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
         self._check(x, shape, name)
-        lead = x.shape[: x.ndim - len(shape)]
+        lead, fn = x.shape[: x.ndim - len(shape)], without_autocast(fn)
+        # Transforms and sparse matrices know no half precision.
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if 0 in lead:  # reshape(0, -1) says nothing of the rest
-            return x.new_zeros(*lead, *fn(x.new_zeros(1, *shape)).shape[1:])
-        out = fn(x.reshape(-1, *shape))
-        return out.reshape(*lead, *out.shape[1:])
+            return x.new_zeros(*lead, *fn(wide.new_zeros(1, *shape)).shape[1:])
+        out = fn(wide.reshape(-1, *shape))
+        return out.reshape(*lead, *out.shape[1:]).to(x.dtype)
 
     def _check(self, x: Tensor, shape: tuple[int, ...], name: str) -> None:
         if not torch.is_tensor(x):
@@ -223,7 +248,7 @@ class Operator:
         tol = max(self.tolerance, 10 * torch.finfo(b.dtype).eps)
         w, residual = conjugate_gradients(matvec, b, self.iterations, tol)
         worst = float(residual.max())
-        if worst > 1e3 * tol:
+        if not worst <= 1e3 * tol:  # NaN too
             warnings.warn(
                 f"{self!r}: conjugate gradients left a relative residual of {worst:.2g} after "
                 f"{self.iterations} steps; raise .iterations or .tolerance",

@@ -187,16 +187,16 @@ def _paper(job: Job, A, name: str, y: torch.Tensor) -> Callable:
 def steppers(job: Job) -> tuple[Any, ...]:
     """The arguments of the paper's samplers up to snr, from `config.sampling`."""
     s = job.config.sampling
-    if s.method != "pc":
+    if s.method.lower() != "pc":
         raise ValueError(
             f"control.task={job.config.control.task!r} here goes by predictor and corrector, got "
             f"sampling.method={s.method!r}; set --config.sampling.method=pc"
         )
-    name = s.predictor.lower()
+    name = s.predictor
     predictor = with_options(
         sampling.get_predictor(name), solver_options(job.config), f"predictor {name!r}"
     )
-    corrector = sampling.get_corrector(s.corrector.lower())
+    corrector = sampling.get_corrector(s.corrector)
     return job.process, predictor, corrector, lambda x: x, s.snr
 
 
@@ -208,7 +208,6 @@ def settings_of(job: Job, places: range, callback) -> dict[str, Any]:
         "probability_flow": s.probability_flow,
         "denoise": s.noise_removal,
         "device": job.config.device,
-        "rho": s.rho,
         "callback": callback,
         "progress": True,
         **job.grid(),

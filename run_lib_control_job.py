@@ -11,7 +11,8 @@ import torch
 import data_lib
 import sde_lib
 from randomness import seed_for
-from run_lib_samples import FRAMES, conditions, sampling_eps, score_on
+from run_lib_memory import remedy_for_memory, remedy_in_evaluation
+from run_lib_samples import FRAMES, conditions, sampling_eps, sampling_precision, score_on
 
 #: Samples that the animation shows.
 ANIMATED = 16
@@ -100,6 +101,7 @@ class Job:
         return {
             "steps": s.steps or self.process.N,
             "schedule": s.schedule,
+            "rho": s.rho,
             "eps": self.eps,
             "continuous": self.config.training.continuous,
         }
@@ -113,15 +115,29 @@ class Job:
 
         `sampler_of(places, callback)` makes the samples of these numbers, in the network's range.
         """
-        parts, evaluations, size = [], 0, self.config.eval.batch_size
+
+        def batch(places: range):
+            callback = self._keep_frames() if places.start == 0 else None
+            with sampling_precision(self.config):
+                samples, evaluations = sampler_of(places, callback)
+            if places.start == 0 and self._end:
+                self.frames.append(self._frame(*self._end.pop()))
+            return self.unscale(samples).float().cpu(), evaluations
+
+        return self.in_batches(count, batch)
+
+    def in_batches(self, count: int, batch: Callable) -> tuple[torch.Tensor, int]:
+        """batch(places) -> (x, evaluations) of `eval.batch_size` samples at a time, `count` in all:
+        x of all, and the most evaluations."""
+        parts, most, size = [], 0, self.config.eval.batch_size
         for start in range(0, count, size):
             places = range(start, min(start + size, count))
-            callback = self._keep_frames() if start == 0 else None
-            samples, evaluations = sampler_of(places, callback)
-            if start == 0 and self._end:
-                self.frames.append(self._frame(*self._end.pop()))
-            parts.append(self.unscale(samples).float().cpu())
-        return torch.cat(parts), int(evaluations)
+            n = len(places)
+            with remedy_for_memory(f"sampling {n} at a time", remedy_in_evaluation(n)):
+                x, evaluations = batch(places)
+            parts.append(x)
+            most = max(most, int(evaluations))
+        return torch.cat(parts), most
 
     def _keep_frames(self):
         """A callback that keeps FRAMES to 2 FRAMES states, however often it is called, and the last

@@ -17,6 +17,7 @@ import operators
 import sampling
 from controllable_generation import classifier_score
 from controllable_generation_projection import get_sdedit_sampler
+from models.classifier import get_classifier_fn
 from run_lib_control_inverse import MEASUREMENTS, invert, noise_of, quality
 from run_lib_control_job import Job, Outcome
 from run_lib_guidance import load_classifier
@@ -81,6 +82,12 @@ def draw_classes(job: Job) -> Callable[[], Outcome]:
             "control.task='class' needs --config.control.classifier=WORKDIR of a noise-conditional "
             "classifier (configs/classifier/), or a class-conditional network (model.num_classes)"
         )
+    if trained is None and c.weight and not config.model.label_dropout:
+        raise ValueError(
+            f"control.weight={c.weight:g} guides away from the network told of no class, which was "
+            "never trained (model.label_dropout=0); set --config.control.weight=0, or give "
+            "--config.control.classifier"
+        )
     if c.label >= classes:
         raise ValueError(f"control.label={c.label}: expected 0 to {classes - 1}, or -1 for all")
     labels = torch.tensor([c.label]) if c.label >= 0 else torch.arange(classes)
@@ -122,12 +129,12 @@ def draw_classes(job: Job) -> Callable[[], Outcome]:
 @torch.no_grad()
 def _agreement(job: Job, classifier, samples: torch.Tensor, labels: torch.Tensor) -> float:
     """The share of samples that the classifier itself takes for the class asked for, at eps."""
-    from models.classifier import get_classifier_fn
-
-    x = job.scale(samples.to(job.config.device))
-    t = torch.full((len(x),), job.eps, device=x.device)
-    found = get_classifier_fn(job.process, classifier)(x, t).argmax(1).cpu()
-    return float((found == labels).float().mean())
+    logits_fn, found = get_classifier_fn(job.process, classifier), []
+    for x in job.scale(samples).split(job.config.eval.batch_size):
+        x = x.to(job.config.device)
+        t = torch.full((len(x),), job.eps, device=x.device)
+        found.append(logits_fn(x, t).argmax(1).cpu())
+    return float((torch.cat(found) == labels).float().mean())
 
 
 def interpolate(job: Job) -> Callable[[], Outcome]:
@@ -139,25 +146,32 @@ def interpolate(job: Job) -> Callable[[], Outcome]:
             "control.task='interpolate' needs two images or more, got one; give a folder"
         )
     images, between = job.unit(levels), c.num_samples
-    mixed_n = (len(names) - 1) * between
     job.labels(range(1))
     options = {"eps": job.eps, "continuous": job.config.training.continuous, **dict(c.options)}
 
+    def carried(way: Callable, x: torch.Tensor):
+        """x or its codes through `sampling.encode` or `decode`, batch by batch."""
+
+        def batch(places: range):
+            part = x[places.start : places.stop].to(job.config.device)
+            return way(job.process, job.score(job.labels(places)), part, **options)
+
+        return job.in_batches(len(x), batch)
+
     def run():
-        score_fn, mixing = (job.score(job.labels(range(n))) for n in (len(names), mixed_n))
-        x = job.scale(images).to(job.config.device)
-        codes, encoded = sampling.encode(job.process, score_fn, x, **options)
-        again, decoded = sampling.decode(job.process, score_fn, codes, **options)
+        x = job.scale(images)
+        codes, encoded = carried(sampling.encode, x)
+        again, decoded = carried(sampling.decode, codes)
         w = torch.arange(1, between + 1, device=codes.device) / (between + 1)
         path = sampling.slerp(codes[:-1], codes[1:], w).transpose(0, 1)  # (n − 1, between, *)
         flat = c.temperature * path.reshape(-1, *job.shape)
-        mixed, more = sampling.decode(job.process, mixing, flat, **options)
+        mixed, more = carried(sampling.decode, flat)
         samples = job.unscale(mixed).float().cpu().reshape(-1, between, *job.shape)
-        error = (again - x).square().mean().sqrt()
+        error = (again.cpu() - x).square().mean().sqrt()
         numbers = {
             "task": "interpolate",
             "temperature": c.temperature,
-            "evaluations": int(encoded) + int(decoded) + int(more),
+            "evaluations": encoded + decoded + more,
             "round_trip_rms": float(error) / job.slope,
             "code_norm_per_number": float(codes.square().mean().sqrt()),
         }

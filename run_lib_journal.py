@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import logging
 import math
@@ -19,6 +18,7 @@ import torch
 import distributed
 import visualize
 from files import appending
+from sampling_loop import steady_bar
 
 log = logging.getLogger("score_sde")
 
@@ -78,29 +78,10 @@ def progress_bar(total: int, initial: int = 0, **options):
     options.setdefault("disable", not distributed.is_main())
     interval = 0.2 if sys.stderr.isatty() else 30.0
     options.setdefault("delay", 0.0 if sys.stderr.isatty() else interval)
-    return _bar()(
+    return steady_bar()(
         total=total, initial=initial, dynamic_ncols=True, mininterval=interval,
         maxinterval=interval, miniters=1, smoothing=0.1, **options,
     )  # fmt: skip
-
-
-@functools.cache
-def _bar():
-    from tqdm import tqdm
-
-    class Bar(tqdm):
-        """tqdm by a clock that nobody sets, which its own is not: one set back an hour would keep
-        the bar silent for an hour."""
-
-        monitor_interval = 0  # a thread that looks at the other clock
-
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            if not self.disable:
-                self._time = time.monotonic
-                self.start_t = self.last_print_t = self._time()
-
-    return Bar
 
 
 def write_json(path: Path, content) -> None:

@@ -111,7 +111,7 @@ def get_sampling_fn(config, sde, shape, inverse_scaler, eps, **options):
       eps: the time at which sampling ends.
       options: keyword arguments of `get_pc_sampler` or `get_ode_sampler`, such as `progress`.
     """
-    sampler = get_sampler(config.sampling.method.lower())
+    sampler = get_sampler(config.sampling.method)
     return sampler(config, sde, shape, inverse_scaler, eps, **options)
 
 
@@ -170,8 +170,8 @@ def get_pc_sampler(
       device: of the samples; by default the network's.
       steps: number of times on the grid; by default `sde.N`.
       schedule, rho: of the times, see `time_grid`.
-      dtype: of the state, float32 by default. The network runs in its own parameters' dtype and
-        its output is cast back, so that bfloat16 networks are integrated in float32 or float64.
+      dtype: of the state, float32 by default, or float64. The network runs in its own parameters'
+        dtype and its output is cast back, so that bfloat16 networks are integrated in either.
       generator, seeds: the source of noise; see `NoiseSource`.
       callback: called as callback(i, t, x, x_mean) after every step.
       progress: show a progress bar.
@@ -210,20 +210,19 @@ def get_pc_sampler(
         own = source if generator is not None or seeds is not None else None
         p.noise = c.noise = own
         hold = _Hold(constrain, start, p, own)
-        p.start(times) if hasattr(p, "start") else None
+        if hasattr(p, "start"):
+            p.start(times)
         x = x_mean = source.prior(sde, shape).to(target, dtype or torch.float32)
         # In float32 from the start, as the original's: table rows are floors of these numbers.
         grid = torch.linspace(sde.T, eps, len(times)) if legacy else times
         vec_times = grid.to(target, x.dtype)
-        with own_noise_refused(seeds is not None, target):
+        with own_noise_refused(seeds, target):
             x = hold.begin(x)
         after = torch.cat([times[1:], torch.zeros(1, dtype=times.dtype)])  # data have t = 0
         watch = FiniteWatch(grid)
         for i in step_bar(range(len(times)), progress):
             vec_t = vec_times[i].expand(shape[0])
-            # On a GPU asking for the state synchronises, so only the first step is watched there.
-            watched = seeds is not None and (i == 0 or target.type == "cpu")
-            with own_noise_refused(watched, target):
+            with own_noise_refused(seeds, target, i):
                 x, x_mean = c.update_fn(x, vec_t)
                 if not isinstance(c, NoneCorrector):
                     x, x_mean = hold(x, x_mean, times[i])
@@ -317,12 +316,13 @@ def _pc_from_config(config, sde, shape, inverse_scaler, eps, **options):
     options.setdefault("steps", getattr(s, "steps", 0) or None)
     options.setdefault("schedule", getattr(s, "schedule", "uniform"))
     options.setdefault("rho", getattr(s, "rho", RHO))
-    name = s.predictor.lower()
     return get_pc_sampler(
         sde,
         shape,
-        with_options(get_predictor(name), solver_options(config), f"predictor {name!r}"),
-        get_corrector(s.corrector.lower()),
+        with_options(
+            get_predictor(s.predictor), solver_options(config), f"predictor {s.predictor!r}"
+        ),
+        get_corrector(s.corrector),
         inverse_scaler,
         getattr(s, "snr", 0.16),
         n_steps=getattr(s, "n_steps_each", 1),

@@ -16,7 +16,13 @@ RHO = 7.0
 
 
 def time_grid(
-    sde, eps: float, steps: int, schedule: str | Callable = "uniform", *, rho: float = RHO
+    sde,
+    eps: float,
+    steps: int,
+    schedule: str | Callable = "uniform",
+    *,
+    rho: float = RHO,
+    start: float | None = None,
 ) -> torch.Tensor:
     """`steps` falling times from T to eps, float64 on the CPU: steps − 1 intervals and a last call.
 
@@ -24,12 +30,14 @@ def time_grid(
       schedule: "uniform" in t; "quadratic", uniform in √t; "logsnr", uniform in λ; "karras",
         uniform in (σ/α)^{1/ρ} (Karras et al. 2022, eq. 5); or a function of (sde, eps, steps).
       rho: the ρ of "karras".
+      start: of a schedule by name, in place of T.
     """
     arguments.whole(steps=steps)
     arguments.real(eps=eps, rho=rho)
     if steps < 1:
         raise ValueError(f"sampling needs steps ≥ 1, got {steps}")
-    ends = torch.tensor([float(sde.T), eps], dtype=torch.float64)
+    first = float(sde.T) if start is None else start
+    ends = torch.tensor([first, eps], dtype=torch.float64)
     if callable(schedule):
         return _checked(_as_times(schedule(sde, eps, steps), steps), sde, steps)
     if not isinstance(schedule, str) or schedule not in SCHEDULES:

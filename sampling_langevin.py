@@ -15,14 +15,15 @@ from sampling_loop import (
     check_common,
     check_kind,
     check_seeds,
+    class_of,
     is_continuous,
     score_and_device,
     solver_options,
     step_bar,
     with_options,
 )
-from sampling_noise import NoiseSource
-from sampling_steps import batch_time, get_corrector, register_sampler
+from sampling_noise import NoiseSource, own_noise_refused
+from sampling_steps import NoneCorrector, batch_time, get_corrector, register_sampler
 
 STARTS = ("prior", "uniform")
 
@@ -83,7 +84,20 @@ def get_langevin_sampler(
     check_seeds(seeds, shape, corrector)
     level = torch.tensor(-math.log(sigma), dtype=torch.float64)
     t = sde_lib.time_of_half_log_snr(sde, level)
+    if not -1e-9 <= t / sde.T <= 1 + 1e-9:
+        ends = torch.tensor([0.0, float(sde.T)], dtype=torch.float64)
+        low, high = torch.exp(-sde_lib.half_log_snr(sde, ends)).tolist()
+        raise ValueError(
+            f"{type(sde).__name__} has noise levels σ/α from {low:.4g} to {high:.4g}, got sigma="
+            f"{sigma}"
+        )
+    t = t.clamp(0, float(sde.T))
     check_kind(corrector, "corrector")
+    if class_of(corrector) is NoneCorrector:
+        raise ValueError(
+            "Langevin dynamics are the steps of a corrector, and 'none' takes none; use 'langevin' "
+            "or 'ald'"
+        )
     corrector(sde, lambda x, t: x, snr, n_steps)  # refuses what it cannot do, now
 
     @torch.no_grad()
@@ -100,7 +114,8 @@ def get_langevin_sampler(
             x = half_side * (2 * torch.special.ndtr(z) - 1)
         x_mean, vec_t, watch = x, batch_time(x, t), FiniteWatch(t.expand(steps))
         for i in step_bar(range(steps), progress):
-            x, x_mean = c.update_fn(x, vec_t)
+            with own_noise_refused(seeds, target, i):
+                x, x_mean = c.update_fn(x, vec_t)
             watch(i, x)
             if callback is not None:
                 callback(i, float(t), x, x_mean)
@@ -119,7 +134,7 @@ def _langevin_from_config(config, sde, shape, inverse_scaler, eps, **options):
     return sampler(
         sde,
         shape,
-        get_corrector(s.corrector.lower()),
+        get_corrector(s.corrector),
         inverse_scaler,
         s.snr,
         s.steps or sde.N,

@@ -34,11 +34,15 @@ class NoiseSource:
     def randn_like(self, x: torch.Tensor) -> torch.Tensor:
         """Standard normal numbers of x's shape, dtype and device.
 
-        They are drawn in float32 whatever x's dtype, so that it changes no picture.
+        They are drawn in float32 whatever x's dtype, so that it changes no picture; those of a
+        generator on its own device, so that one of the CPU gives the same picture on every device,
+        and sends each step's over.
         """
         options: dict[str, Any] = {"dtype": torch.float32, "device": x.device}
+        if self.generator is not None:
+            options["device"] = self.generator.device
         if self.seeds is None:
-            return torch.randn(x.shape, generator=self.generator, **options).to(x.dtype)
+            return torch.randn(x.shape, generator=self.generator, **options).to(x.device, x.dtype)
         if not self._per_sample:
             self._per_sample = [torch.Generator(x.device).manual_seed(s) for s in self.seeds]
         drawn = [torch.randn(x.shape[1:], generator=g, **options) for g in self._per_sample]
@@ -64,7 +68,8 @@ class NoiseSource:
         try:
             # Another stream than `randn_like` of the same seed.
             torch.default_generator.manual_seed(seed ^ 0x5DEECE66D)
-            return sde.prior_sampling(shape)
+            with torch.device("cpu"):  # whatever torch.set_default_device says
+                return sde.prior_sampling(shape)
         finally:
             torch.set_rng_state(kept)
 
@@ -82,10 +87,14 @@ class Stepper:
 
 
 class own_noise_refused:
-    """Refuse a step that draws from torch's global state, which per-sample seeds cannot govern."""
+    """Refuse a step that draws from torch's global state, which per-sample `seeds` cannot govern.
 
-    def __init__(self, active: bool, device: torch.device):
-        self.active, self.device = active, device
+    On a GPU asking for the state synchronises, so that only step 0 is watched there.
+    """
+
+    def __init__(self, seeds, device: torch.device, step: int = 0):
+        self.active = seeds is not None and (step == 0 or device.type == "cpu")
+        self.device = device
 
     def _state(self):
         states = [torch.get_rng_state()]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -55,14 +55,26 @@ def register_sampler(fn=None, *, name: str | None = None):
     return add_to(_SAMPLERS, "sampler", fn, name)
 
 
-def look_up(registry: dict, kind: str, name: str):
-    """What is registered under `name`, in `solvers` too, which is loaded when first needed."""
-    known = isinstance(name, str) and name in registry
-    if not known and importlib.util.find_spec("solvers"):
-        importlib.import_module("solvers")
+def look_up(registry: dict, kind: str, name: str, modules: Sequence[str] = ("solvers",)):
+    """What is registered under `name`, or under it in another case.
+
+    Args:
+      kind: of the thing, for the error.
+      modules: that register more, loaded when a name is not found.
+    """
     if not isinstance(name, str) or name not in registry:
+        load(modules)
+    known = [key for key in registry if isinstance(name, str) and key.lower() == name.lower()]
+    if not known:
         raise ValueError(f"{kind} {name!r} is unknown; registered: {sorted(registry)}")
-    return registry[name]
+    return registry[name if name in known else known[0]]
+
+
+def load(modules: Sequence[str]) -> None:
+    """Import those of these modules that are installed."""
+    for module in modules:
+        if importlib.util.find_spec(module):
+            importlib.import_module(module)
 
 
 def get_predictor(name: str) -> type:

@@ -12,14 +12,28 @@ from collections.abc import Callable
 
 import torch
 
+import arguments
 from parametrization import OUTPUTS, Point, ScoreFunction, convert
-from sde_lib import expand
+from sde_lib import expand, unbound
 
 
 class _Wrapper(ScoreFunction):
     """A ScoreFunction made of others."""
 
     def __init__(self, *inner: ScoreFunction):
+        for fn in inner:
+            if not isinstance(fn, ScoreFunction):
+                raise arguments.WrongTypeError(
+                    f"expected a ScoreFunction, got {type(fn).__name__}; make one of a network by "
+                    "models.utils.get_score_fn(sde, network), of a function s(x, t) by "
+                    "parametrization.as_score_function(s, sde)"
+                )
+        kinds = [type(unbound(fn.sde)).__name__ for fn in inner]
+        if len({*kinds}) > 1:
+            raise ValueError(
+                f"expected scores of one process, got those of {' and '.join(kinds)}; carry one "
+                "over by parametrization.on_process(score_fn, sde)"
+            )
         super().__init__(inner[0].model_fn, inner[0].sde, inner[0].parametrization)
         self.inner = inner
         self.trained = inner[0].trained

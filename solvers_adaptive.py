@@ -21,6 +21,7 @@ import torch
 import arguments
 import sde_lib
 from ode_adaptive import SolverError
+from parametrization import Point
 from sampling_grids import check_eps, check_shape
 from sampling_loop import (
     FiniteWatch,
@@ -113,7 +114,8 @@ class _Run:
             x, previous = _choose(accept, high, x), _choose(accept, low, previous)
             rest = torch.where(accept, left - step, left)
             left = torch.where(rest > 1e-9 * method.length, rest, 0.0)
-            h = step * self.control.growth(error)
+            # 0 for those that have arrived: their growth may be infinite.
+            h = torch.where(left > 0, step * self.control.growth(error), 0.0)
             self._tell(calls, x, left)
             calls += 1
         self.bar.close()
@@ -124,6 +126,8 @@ class _Run:
         return self.control.error(low, high, expand(after / before, low) * previous)
 
     def _tell(self, i: int, x, left) -> None:
+        if not self.bar.shown and self.callback is None:
+            return  # without a look at the device
         furthest = left.max()
         self.bar(1 - float(furthest) / self.method.length)
         if self.callback is not None:
@@ -131,22 +135,24 @@ class _Run:
 
     def _check(self, error, left, step) -> None:
         bad = ~torch.isfinite(error) & (left > 0)
+        # The last step may be as short as it likes.
+        stuck = (step < left) & (left - step == left)
+        used = self.evaluations()
+        if used <= self.control.max_nfe and not (bad | stuck).any():
+            return
         if bad.any():
             t = float(self.method.time(left[bad].max()))
             raise FloatingPointError(
                 f"the state is not finite after a step from t = {t:.6g}; check the network "
                 "(untrained or diverged?) and eps"
             )
-        # The last step may be as short as it likes.
-        stuck = (step < left) & (left - step == left)
-        used, t = self.evaluations(), float(self.method.time(left.max()))
-        if stuck.any() or used > self.control.max_nfe:
-            why = "the step has become too short" if stuck.any() else f"{used} evaluations"
-            raise SolverError(
-                f"{why} at t = {t:.6g}, with errors up to {float(error.max()):.3g} times what is "
-                f"allowed; raise rtol={self.control.rtol:g}, atol={self.control.atol:g} or "
-                f"max_nfe={self.control.max_nfe}"
-            )
+        t = float(self.method.time(left.max()))
+        why = "the step has become too short" if stuck.any() else f"{used} evaluations"
+        raise SolverError(
+            f"{why} at t = {t:.6g}, with errors up to {float(error.max()):.3g} times what is "
+            f"allowed; raise rtol={self.control.rtol:g}, atol={self.control.atol:g} or "
+            f"max_nfe={self.control.max_nfe}"
+        )
 
 
 def adaptive_sampler(
@@ -290,22 +296,22 @@ def dpm_solver_pair(sde, noise_fn: Callable, x, lam, h, order: int):
         u₂ = (α₂/α) x − σ₂ expm1(r₂h) ε − σ₂ (r₂/r₁) φ(r₂h) (ε₁ − ε)
         x⁽³⁾ = x⁽¹⁾ − (σ_s/r₂) φ(h) (ε₂ − ε),   φ(h) = expm1(h)/h − 1
     """
-    t = sde_lib.time_of_half_log_snr(sde, lam)
-    alpha, _ = alpha_sigma(sde, t, x)
+    here = Point(sde, sde_lib.time_of_half_log_snr(sde, lam), x)
+    origin = here.shift
+    centred = x if origin is None else x - origin
 
     def eps_at(y, time):
         return noise_fn(y, _times(time, y))
 
     def go(r: float, terms):
         """(α'/α) x − σ' Σ c·d at λ + r h, both x from the origin, and the time there."""
-        s = sde_lib.time_of_half_log_snr(sde, lam + r * h)
-        a, sigma = alpha_sigma(sde, s, x)
-        y = expand(a / alpha, x) * (x - _origin(sde, t, x)) + _origin(sde, s, x)
+        there = Point(sde, sde_lib.time_of_half_log_snr(sde, lam + r * h), x)
+        y, origin = expand(there.alpha / here.alpha, x) * centred, there.shift
         for c, d in terms:
-            y = y - expand(sigma * c, x) * d
-        return y, s
+            y = y - expand(there.sigma * c, x) * d
+        return (y if origin is None else y + origin), there.t
 
-    e = eps_at(x, t)
+    e = eps_at(x, here.t)
     r1 = 0.5 if order == 2 else 1 / 3
     e1 = eps_at(*go(r1, [(torch.expm1(r1 * h), e)]))
     euler = (torch.expm1(h), e)
@@ -315,13 +321,6 @@ def dpm_solver_pair(sde, noise_fn: Callable, x, lam, h, order: int):
     r2 = 2 / 3
     u2 = go(r2, [(torch.expm1(r2 * h), e), (r2 / r1 * _phi(r2 * h), e1 - e)])
     return second, go(1, [euler, (_phi(h) / r2, eps_at(*u2) - e)])[0]
-
-
-def _origin(sde, t: torch.Tensor, x: torch.Tensor):
-    """E[x_t | x_0 = 0], which a bound process or one of a user's own may move."""
-    if sde_lib.is_declared_affine(sde) and sde_lib.origin(sde, x) is None:
-        return 0.0
-    return sde.marginal_prob(torch.zeros_like(x), _times(t, x))[0]
 
 
 def _phi(h: torch.Tensor) -> torch.Tensor:
@@ -439,10 +438,9 @@ class BrownianPath:
 
     def _put(self, mask, length, value) -> None:
         """Write the top segments of the samples of `mask`."""
-        rows = mask.nonzero()[:, 0]
-        top = self.depth[rows] - 1
-        self.lengths[top, rows] = length[rows]
-        self.values[top, rows] = value[rows]
+        top, rows = (self.depth - 1).clamp(min=0), torch.arange(len(mask), device=mask.device)
+        self.lengths[top, rows] = torch.where(mask, length, self.lengths[top, rows])
+        self.values[top, rows] = _choose(mask, value, self.values[top, rows])
 
 
 # --- registration ---------------------------------------------------------------------------

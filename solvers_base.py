@@ -149,21 +149,21 @@ def choose_tau(
 # --- quadrature against the exponential ------------------------------------------------------
 
 
-@functools.cache
-def _taylor(n: int) -> Tensor:
-    rows = [[1 / math.factorial(j + k) for j in range(20)] for k in range(1, n + 1)]
-    return torch.tensor(rows, dtype=torch.float64)
+#: Coefficients of Taylor's series of φ_1 to φ_5: 1/(j + k)!.
+_TAYLOR = torch.tensor(
+    [[1 / math.factorial(j + k) for j in range(20)] for k in range(1, 6)], dtype=torch.float64
+)
 
 
 def phi(n: int, z: Tensor) -> Tensor:
-    """φ_1(z), …, φ_n(z) of a 0-dim float64 z, as a tensor (n,).
+    """φ_1(z), …, φ_n(z), n ≤ 5, of a 0-dim float64 z, as a tensor (n,).
 
         φ_k(z) = ∫_0^1 e^{(1−v)z} v^{k−1}/(k−1)! dv,   φ_1 = expm1(z)/z,   φ_{k+1} = (φ_k − 1/k!)/z
 
     By Taylor's series for |z| < 1, where the recursion cancels.
     """
     small = z.abs() < 1
-    series = _taylor(n) @ torch.where(small, z, 0.0) ** torch.arange(20, dtype=torch.float64)
+    series = _TAYLOR[:n] @ torch.where(small, z, 0.0) ** torch.arange(20, dtype=torch.float64)
     divisor = torch.where(small, 1.0, z)
     values = [torch.expm1(divisor) / divisor]
     for k in range(1, n):
