@@ -54,6 +54,11 @@ def convert(
     content = {k: content[k] for k in ("model", "optimizer", "ema", "step") if k in content}
     if ema_width:
         content["ema"] = _average_of_width(source, content, ema_width)
+    if "shadow_params" not in content.get("ema", {"shadow_params": ()}):
+        raise ValueError(
+            f"{source}: expected an average with 'shadow_params', got {sorted(content['ema'])}, "
+            "which no format knows; save it as one of models.ema"
+        )
     export_content(target, content, network, format)
     kept = [p for p in ("optimizer", "ema") if p in content and p not in _LEFT_OUT.get(format, ())]
     lines = [

@@ -211,9 +211,10 @@ def quantize(x: torch.Tensor, config) -> torch.Tensor:
     """Return images x (b, C, H, W) in [0, 1] as uint8 levels: the inverse of ``prepare``.
 
     With L = ``config.data.levels``, floor(L x) where training data are dequantised, else
-    round((L - 1) x); values outside [0, 1] are clipped.
+    round((L - 1) x), in at least 32 bits; values outside [0, 1] are clipped.
     """
-    levels, x = config.data.levels, x.clamp(0, 1)
+    levels = config.data.levels
+    x = x.to(torch.promote_types(x.dtype, torch.float32)).clamp(0, 1)
     if config.data.uniform_dequantization:
         return (x * levels).floor().clamp(max=levels - 1).byte()
     return (x * (levels - 1)).add(0.5).floor().byte()

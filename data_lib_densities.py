@@ -239,11 +239,11 @@ class Pixels:
         ]
 
     def _strips(self, x, low, alpha, sigma):
+        alpha = torch.maximum(alpha, 1e-9 * sigma / self.width)  # at 0 a strip has no width
         high, width = alpha * (low + self.width), alpha * self.width
-        low = alpha * low
-        if not (sigma > 0).any():
-            inside = ((x >= low) & (x < high)).double() / width
-            return inside, torch.zeros_like(inside), torch.zeros(len(x), device=x.device)
+        low, sharp = alpha * low, sigma <= 0
+        inside = ((x >= low) & (x < high)).double() / width
+        sigma = torch.where(sharp, width, sigma)  # any number: those rows are `inside`
         # Φ(u) − Φ(v) = Φ(−v) − Φ(−u): taken in the lower tail, where nothing cancels.
         u, v = (x - low) / sigma, (x - high) / sigma
         above = v > 0
@@ -252,7 +252,9 @@ class Pixels:
         log_a = log_u + torch.log(-torch.expm1(log_v - log_u)) - torch.log(width)
         m = log_a.max(dim=1, keepdim=True).values
         slope = (_bell(u, m) - _bell(v, m)) / (sigma * width)
-        return torch.exp(log_a - m), torch.where(above, -slope, slope), m[:, 0]
+        slope = torch.where(above, -slope, slope)
+        m = torch.where(sharp, 0.0, m)
+        return torch.where(sharp, inside, torch.exp(log_a - m)), slope, m[:, 0]
 
 
 def _bell(u, m):

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ import torch
 from data_lib_index import progress
 from data_lib_sources import EXTENSIONS, Folder, Source, open_source, printable
 
-__all__ = ["EXTENSIONS", "ImageFiles", "decode", "list_images", "split_images"]
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["EXTENSIONS", "ImageFiles", "decode", "list_images", "open_image", "split_images"]
 
 EVAL_FOLDERS = ("test", "val", "valid", "validation", "eval")
 #: Files of fewer bytes decode faster in one thread: the interpreter's lock outweighs the decoder.
@@ -218,8 +222,24 @@ def _based(files: ImageFiles) -> ImageFiles:
 def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarray:
     """Decode one image file to uint8 of shape (channels, size, size).
 
-    The image is turned as its EXIF tag says, laid on white where it is transparent, reduced to 8
-    bits, made grey or colour, cut to its central square and resized (bicubic, antialiased).
+    The image is opened as by `open_image`, made grey or colour, cut to its central square and
+    resized (bicubic, antialiased). Raises what that does.
+    """
+    from PIL import Image
+
+    image = open_image(content).convert("L" if channels == 1 else "RGB")
+    side = min(image.width, image.height, crop or max(image.size))
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    image = image.crop((left, top, left + side, top + side))
+    if side != size:
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+
+
+def open_image(content: bytes) -> Image:
+    """Return an image file as a Pillow image of 8 bits, turned as its EXIF tag says, and laid on
+    white where it is transparent.
 
     Raises ValueError, or what Pillow raises, where it is damaged, of another kind than EXTENSIONS,
     or of more pixels than Pillow takes (179 million).
@@ -234,14 +254,7 @@ def decode(content: bytes, channels: int, size: int, crop: int = 0) -> np.ndarra
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
-    side = min(image.width, image.height, crop or max(image.size))
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    image = image.crop((left, top, left + side, top + side))
-    if side != size:
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.array(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1).copy()
+    return image
 
 
 def _check_png(content: bytes) -> None:

@@ -30,7 +30,7 @@ import distributed
 from files import write_atomically
 from files_reading import UNREADABLE
 
-VERSION = 3
+VERSION = 4
 KEEP_FROM = 10_000
 RACY_NS = 2 * 10**9
 
@@ -159,19 +159,18 @@ def _load(path: Path) -> Index | None:
             names = Names(
                 _unpacked(kept["folders"]), kept["folder"], kept["letters"].tobytes(), kept["ends"]
             )
-            named = [name for name in _unpacked(kept["columns"]) if name]
-            columns = {name: kept[f"column_{name}"] for name in named}
+            columns = {name: kept[f"column_{name}"] for name in _unpacked(kept["columns"])}
             return Index(names, int(kept["files"]), columns)
     except UNREADABLE:
         return None
 
 
 def _packed(texts: list[str]) -> np.ndarray:
-    return np.frombuffer(_encode("\0".join(texts)), np.uint8)
+    return np.frombuffer(json.dumps(texts).encode(), np.uint8)
 
 
 def _unpacked(letters: np.ndarray) -> list[str]:
-    return _decode(letters.tobytes()).split("\0")
+    return json.loads(letters.tobytes())
 
 
 def walk(root: Path, wanted: Callable[[str], bool], watched: Watched) -> Index:

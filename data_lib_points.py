@@ -18,7 +18,7 @@ import torch
 
 from data_lib_batches import Batch
 from data_lib_densities import Density, EqualGaussians, Gaussians, Pixels
-from data_lib_files import FORMATS
+from data_lib_files import open_image
 
 #: Half the side of the square in which the points lie.
 CANVAS = 2.0
@@ -209,20 +209,11 @@ def _image_density(data) -> Pixels:
 
 def _lightness(path: Path) -> np.ndarray:
     """The lightness of an image file, 0 to 1, on white, its longer side at most MAX_SIDE."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=FORMATS) as file:
-            if file.mode.startswith("I"):  # 16 bits, which convert() would clip at 255
-                picture = Image.fromarray((np.asarray(file) >> 8).astype(np.uint8)).convert("RGBA")
-            else:
-                picture = file.convert("RGBA")
-    except FileNotFoundError:
-        raise
+        picture = open_image(path.read_bytes()).convert("L")
     except Exception as error:  # decoders of damaged files raise nearly anything
         raise ValueError(
             f"config.data.image={str(path)!r}: expected an image file, such as a PNG, got: {error}"
         ) from None
     picture.thumbnail((MAX_SIDE, MAX_SIDE))  # only ever smaller
-    white = Image.new("RGBA", picture.size, "white")
-    return np.asarray(Image.alpha_composite(white, picture).convert("L")) / 255
+    return np.asarray(picture) / 255

@@ -45,7 +45,7 @@ class Dataset:
         self.batch_size = config.training.batch_size if repeat else config.eval.batch_size
         self.repeat, self.flip, self.dequantize = repeat, flip, dequantize
         self._config = config.copy_and_resolve_references()
-        self._config.data.centered = False  # the caller scales
+        self._config.data.update(centered=False, logit_alpha=0.0)  # the caller scales
         self._seeds = np.random.SeedSequence((config.seed, stream))
         self._generator = torch.Generator().manual_seed(int(self._seeds.generate_state(1)[0]))
 

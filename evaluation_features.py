@@ -166,8 +166,11 @@ class Extractor:
         precision = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
-            with torch.backends.cudnn.flags(
-                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            with (
+                torch.autocast(self.device.type, enabled=False),  # the caller's
+                torch.backends.cudnn.flags(
+                    enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+                ),
             ):
                 out = self.network(images)
         finally:

@@ -381,13 +381,15 @@ def _radii(x: torch.Tensor, ks: Sequence[int]) -> list[torch.Tensor]:
     return [nearest[:, k - 1] for k in ks]
 
 
-def _squared_distances(x: torch.Tensor, y: torch.Tensor, columns: int = 4096):
+def _squared_distances(x: torch.Tensor, y: torch.Tensor):
     """Yield (first row, squared distances of a block of rows of x to all of y), in float64.
 
     |x|² + |y|² − 2xy around a common origin; what is below its rounding counts as a copy, at 0.
     """
-    origin = _double(y[:columns]).mean(0)
-    rows = max(1, _BLOCK_BYTES // (16 * len(y)))
+    columns = max(1, min(4096, _BLOCK_BYTES // (8 * y.shape[1])))
+    rows = max(1, min(_BLOCK_BYTES // (16 * len(y)), columns))
+    near = y[:4096]
+    origin = torch.stack([_double(part).sum(0) for part in near.split(columns)]).sum(0) / len(near)
     for start in range(0, len(x), rows):
         a = _double(x[start : start + rows]) - origin
         squares = a.square().sum(1, keepdim=True)

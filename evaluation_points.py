@@ -53,9 +53,13 @@ def mmd2(a, b, scales: tuple[float, ...] = (0.1, 0.3, 1.0)) -> float:
         E k(a, a') + E k(b, b') − 2 E k(a, b),   k(x, y) = mean over s of exp(−‖x − y‖²/(2 s²))
 
     with the `scales` s in units of the data; 0 on average where the distributions agree, and so
-    below 0 as often. Source: Gretton et al. 2012, eq. 3.
+    below 0 as often.
+
+    Errors: ValueError for fewer than 2 points. Source: Gretton et al. 2012, eq. 3.
     """
     a, b = _pair(a, b)
+    if min(len(a), len(b)) < 2:
+        raise ValueError(f"expected at least 2 points of each, got {len(a)} and {len(b)}")
 
     def kernel(x, y):
         squares = torch.cdist(x, y) ** 2

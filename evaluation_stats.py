@@ -116,6 +116,15 @@ def read_statistics(path: str | Path) -> Statistics:
     return statistics
 
 
+def recorded_protocol(path: Path) -> dict[str, Any]:
+    """The protocol in a .npz of ours, alone; {} where there is none that can be read."""
+    try:
+        protocol = json.loads(str(Npz(path)["protocol"]))
+    except (ValueError, RecursionError):
+        return {}
+    return protocol if isinstance(protocol, dict) else {}
+
+
 def _parse(path: Path, file: Any) -> Statistics:
     source = str(path)
     for name in set(file.files) & {"mu", "sigma", "n", "features", *_FEATURE_KEYS}:

@@ -99,7 +99,8 @@ def evaluate(config, workdir, eval_folder: str = "eval") -> dict[int, dict[str, 
             with distributed.together():
                 weights = load_averages(config, workdir, number, state)
             path = checkpoint_path(workdir, number)
-            log.info("evaluating %s, step %d", path, state["step"])
+            size = config.eval.batch_size
+            log.info("evaluating %s, step %d, in batches of %d", path, state["step"], size)
             stem = folder / f"ckpt_{number}{suffix_of(config, workdir)}"
             results[number] = evaluation.run(workdir, stem, number, weights)
     return results

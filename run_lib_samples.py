@@ -232,8 +232,8 @@ class Sampler:
     def _steppers(self) -> list[Any]:
         s = self.config.sampling
         if s.method != "pc":
-            return [sampling.get_sampler(s.method.lower())]
-        return [sampling.get_predictor(s.predictor.lower()), sampling.get_corrector(s.corrector)]
+            return [sampling.get_sampler(s.method)]
+        return [sampling.get_predictor(s.predictor), sampling.get_corrector(s.corrector)]
 
     def protocol(self) -> dict[str, Any]:
         """How the samples are drawn, for a reader of the results."""
@@ -316,7 +316,8 @@ def sample(
             draw = Sampler(config, sde, state["model"], label)
             load_averages(config, workdir, number, state)
         with logging_to(workdir / "samples" / "log.txt"):
-            log.info("%d samples of checkpoint %d, step %d", num, number, state["step"])
+            work = (num, number, state["step"], config.eval.batch_size)
+            log.info("%d samples of checkpoint %d, step %d, in batches of %d", *work)
             if draw.by_batch:
                 log.info("a seed per batch, not per sample: %s", draw.why_by_batch)
             parts = _draw(draw, range(first, first + num), path, write)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from collections.abc import Iterator
@@ -17,9 +16,9 @@ import losses
 import models.ema
 from checkpoints import restore_checkpoint
 from configs.validation import complete
+from evaluation_features import state_hash
 from models.utils import create_model, unwrap
 from randomness import seed_for
-from run_lib_journal import log
 from run_lib_memory import batch_that_fits
 
 
@@ -43,7 +42,6 @@ def complete_here(config):
         ) from error
     if config.eval.batch_size == 0:
         config.eval.batch_size = batch_that_fits(config)
-        log.info("eval.batch_size=0: %d images fit into memory", config.eval.batch_size)
     return config
 
 
@@ -69,14 +67,21 @@ _PARTS = ("train", "training", "val", "valid", "validation", "test", "eval", "im
 def data_name(config) -> str:
     """The name of the data set; of a folder, its own, or that of the folder it is a part of; of the
     dark pixels of an image, that of the file."""
-    data = config.data
+    data, folder = config.data, data_folder(config)
     name = data.dataset.lower()
-    if name == "folder" and data.path:
-        path = Path(data.path).expanduser().resolve()
-        name = (path.parent if path.name.lower() in _PARTS else path).stem.lower()
+    if folder is not None:
+        name = folder.stem.lower()
     if name == "image_density" and data.image:
         name = Path(data.image).stem.lower()
     return f"{name}-{data.category}" if data.category else name
+
+
+def data_folder(config) -> Path | None:
+    """Of images of one's own, the folder of the whole set, of which `data.path` may be a part."""
+    if config.data.dataset.lower() != "folder" or not config.data.path:
+        return None
+    path = Path(config.data.path).expanduser().resolve()
+    return path.parent if path.name.lower() in _PARTS else path
 
 
 def fixed_subset(n: int, count: int) -> torch.Tensor:
@@ -203,25 +208,23 @@ def load_averages(config, workdir: Path, number: int, state: dict[str, Any]) -> 
 
 
 def compile_once(model: torch.nn.Module, mode: str) -> None:
-    """Compile a network in place, by `eval.compile`, unless it is; '' leaves it as it is.
+    """Compile a network in place, by `eval.compile`, unless it is already; '' leaves it as it is.
 
     Its first call in each shape, and the first whose gradient is asked for, takes a while. CUDA
     graphs ('reduce-overhead') write an output over the last one, which solvers of several steps
     still read: it is copied.
     """
     network = unwrap(model)
-    if not mode or network._compiled_call_impl is not None:
+    if not mode or getattr(network._compiled_call_impl, "mode", "") == mode:
         return
     network.compile(mode=mode)
     run: Any = network._compiled_call_impl
     if mode == "reduce-overhead":
         network._compiled_call_impl = lambda *args, **kwargs: run(*args, **kwargs).clone()
+    call: Any = network._compiled_call_impl
+    call.mode = mode
 
 
 def weights_hash(model: torch.nn.Module) -> str:
     """SHA-256 of a network's parameters and buffers by name."""
-    digest = hashlib.sha256()
-    for key, value in sorted(unwrap(model).state_dict().items()):
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    return state_hash(unwrap(model))

@@ -13,7 +13,7 @@ from files import remove_unfinished
 from run_lib_checks import check_writable
 from run_lib_journal import progress_bar
 from run_lib_memory import remedy_for_memory, remedy_in_evaluation
-from run_lib_state import complete_here, data_name, fixed_subset
+from run_lib_state import complete_here, data_folder, data_name, fixed_subset
 
 #: Images among which the largest distance is looked for, and the numbers that they may hold.
 SUBSET, SUBSET_NUMBERS = 10000, 2**28
@@ -21,7 +21,10 @@ SUBSET, SUBSET_NUMBERS = 10000, 2**28
 
 def statistics_path(config) -> Path:
     """Where the reference statistics are: `eval.stats`, or a name made of data, size and extractor
-    in assets/stats, beside this file in a checkout, else in the current folder."""
+    in assets/stats, beside this file in a checkout, else in the current folder.
+
+    Raises: ValueError where the file of that name is of another folder of the data's name.
+    """
     e = config.eval
     if e.stats:
         path = Path(e.stats).expanduser()
@@ -29,7 +32,15 @@ def statistics_path(config) -> Path:
     here = Path(__file__).resolve().parent
     root = here if (here / "assets").is_dir() else Path.cwd()
     name = f"{data_name(config)}_{config.data.image_size}_{e.extractor.lower()}.npz"
-    return root / "assets" / "stats" / name
+    path, folder = root / "assets" / "stats" / name, data_folder(config)
+    if folder is not None:
+        recorded = evaluation_stats.recorded_protocol(path).get("folder", str(folder))
+        if recorded != str(folder):
+            raise ValueError(
+                f"{path}: expected statistics of the images in {folder}, got those of {recorded}, "
+                "a folder of the same name; name another file by --config.eval.stats, or remove it"
+            )
+    return path
 
 
 def statistics(config, workdir=None) -> Path:
@@ -69,6 +80,8 @@ def statistics(config, workdir=None) -> Path:
                 dataset=data_name(config),
                 progress=bar.update,
             )
+        if (folder := data_folder(config)) is not None:
+            made.protocol["folder"] = str(folder)
         with distributed.together():
             path = evaluation_stats.write_statistics(path, made)
             if distributed.is_main():

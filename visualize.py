@@ -107,6 +107,7 @@ def image_grid(
     """
     if images.ndim == 2:
         return points_image(images)
+    images = to_uint8(images)
     n, width = len(images), images.shape[-1]
     ncols = min(ncols or math.ceil(math.sqrt(n)), n)
     return _to_pil(_tile(_pixels(images, _scale(scale, ncols * width)), ncols, padding))
@@ -160,6 +161,7 @@ def side_by_side(
         raise ValueError(
             f"left and right must have one shape, got {tuple(left.shape)} and {tuple(right.shape)}"
         )
+    left, right = to_uint8(left), to_uint8(right)
     n, width = len(left), left.shape[-1]
     ncols = min(ncols or math.ceil(math.sqrt(n)), n)
     scale = _scale(scale, 2 * ncols * width, target=140 * ncols)
@@ -255,7 +257,8 @@ def _smooth(values: np.ndarray, reach: int) -> np.ndarray:
 
 def vector(x: Any, name: str) -> np.ndarray:
     """x as a flat array in float64; refused where no number of it is finite."""
-    values = torch.as_tensor(x).detach().cpu().double().flatten().numpy()
+    x = x if isinstance(x, torch.Tensor) else torch.as_tensor(x, dtype=torch.float64)
+    values = x.detach().cpu().double().flatten().numpy()
     if not np.isfinite(values).any():
         raise ValueError(f"{name} must hold at least one finite number, got {len(values)} others")
     return values
@@ -310,13 +313,18 @@ def score_curve(steps: Any, values: Any, errors: Any, label: str) -> Figure:
     Shapes: (n,) each. Errors: ValueError for lengths that differ and for no finite value.
     """
     figure, axes = _axes("training step", label)
-    e = np.nan_to_num(np.asarray(errors, dtype=float))
+    e = _known(np.asarray(errors, dtype=float))
     if len(e) != len(values):
         raise ValueError(f"errors must be as many as the values ({len(values)}), got {len(e)}")
     x, y = _curve(steps, values, label)
     e = e[np.isfinite(np.asarray(values, dtype=float))]
     axes.errorbar(x, y, yerr=e, color=_BLUE, marker="o", markersize=5, linewidth=1.8, capsize=3)
     return figure
+
+
+def _known(errors: np.ndarray) -> np.ndarray:
+    """Errors as bars: 0 where they are not finite."""
+    return np.where(np.isfinite(errors), errors, 0.0)
 
 
 def _curve(steps: Any, values: Any, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -370,8 +378,7 @@ def bar_chart(names: Sequence[str], values: Any, errors: Any, xlabel: str) -> Fi
     axes.tick_params(axis="y", length=0)
     places = np.arange(len(y))
     axes.barh(places, y, height=0.55, color=_BLUE, alpha=0.75)
-    known = np.nan_to_num(e)
-    axes.errorbar(y, places, xerr=known, fmt="none", ecolor=_ORANGE, elinewidth=1.8, capsize=3)
+    axes.errorbar(y, places, xerr=_known(e), fmt="none", ecolor=_ORANGE, elinewidth=1.8, capsize=3)
     axes.axvline(0, color="0.35", linewidth=0.8)
     axes.set_yticks(places, names)
     axes.invert_yaxis()

@@ -209,6 +209,7 @@ _RANGES: dict[str, _Range] = {
     ),
     "optim.weight_decay": _within(0, 1e3),
     "optim.warmup": _AT_LEAST_0,
+    "optim.grad_clip": ("a norm > 0, or a negative number for no clipping", bool),
 }
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 from torch import nn
 
-from parametrization import Parametrization
+from parametrization import SIGMA_DATA, Parametrization
 
-from .layers import at_least_float32, dense, run_block
+from .layers import activated, at_least_float32, check_images, dense
 from .layerspp import conv3x3
 from .ncsnpp import DownStage, NoiseEmbedding
 from .ncsnpp_architecture import Architecture
@@ -27,8 +27,6 @@ class NoiseConditionalClassifier(nn.Module):
     Raises: ValueError for `config.model.num_classes` below 2, and as `NCSNpp` does.
     """
 
-    recompute = False
-
     def __init__(self, config):
         super().__init__()
         fixed = {"embedding_type": "positional", "conditional": True, "progressive_input": "none"}
@@ -40,7 +38,7 @@ class NoiseConditionalClassifier(nn.Module):
             )
         self.config, self.channels, self.stride = config, arch.channels, arch.stride
         self.num_classes = arch.num_classes
-        self.sigma_data = config.model.get("sigma_data", 0.5)
+        self.sigma_data = config.model.get("sigma_data", SIGMA_DATA)
         self.embedding = NoiseEmbedding(arch)
         self.conv_in = conv3x3(arch.channels, arch.nf)
         ch = arch.nf
@@ -53,16 +51,12 @@ class NoiseConditionalClassifier(nn.Module):
         self.out = dense(ch, arch.num_classes)
 
     def forward(self, x, labels):
-        if x.ndim != 4 or x.shape[1] != self.channels or x.shape[2] % self.stride:
-            raise ValueError(
-                f"the classifier needs images of shape (B, {self.channels}, H, W), with sides "
-                f"divisible by {self.stride}, got {tuple(x.shape)}"
-            )
+        check_images(self, x, labels, self.channels, self.stride)
         temb = self.embedding(labels)
-        h = run_block(self, self.conv_in, x)
+        h = self.conv_in(x)
         for stage in self.down:
             h, _ = stage(h, temb, None, [])
-        h = self.act(self.norm(h)).mean(dim=(2, 3))
+        h = activated(self.norm, self.act, h).mean(dim=(2, 3))
         return at_least_float32(self.out(h))
 
 
@@ -79,7 +73,7 @@ def get_classifier_fn(sde, classifier, train: bool = False) -> Callable:
     if not isinstance(classifier, nn.Module):
         return classifier
     model_fn = get_model_fn(classifier, train)
-    sigma_data = getattr(unwrap(classifier), "sigma_data", 0.5)
+    sigma_data = getattr(unwrap(classifier), "sigma_data", SIGMA_DATA)
     inputs = Parametrization("preconditioned", "log_sigma/4", sigma_data=sigma_data)
 
     def logits(x, t):

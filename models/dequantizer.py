@@ -55,6 +55,7 @@ def spline(u: torch.Tensor, raw: torch.Tensor, inverse: bool = False):
         rise = u - v_k
         a, b, c = h * (s - d_0) + rise * bend, h * d_0 - rise * bend, -s * rise
         xi = 2 * c / (-b - (b * b - 4 * a * c).clamp(min=0).sqrt())
+        xi = xi.clamp(0, 1)  # rounding may lead out of the bin, where the slope has no logarithm
     else:
         xi = (u - u_k) / w
     rest = xi * (1 - xi)

@@ -263,6 +263,8 @@ class Averages(ExponentialMovingAverage):
         """
         if not self.profiles:
             raise ValueError("a snapshot needs model.ema_profiles, got none; use (0.05, 0.1)")
+        if not all(average.num_updates for average in self.profiles.values()):
+            raise ValueError("a snapshot needs at least one update, got none; train first")
         snapshots = [
             ema_posthoc.Snapshot(average.num_updates or 0, average.gamma, average.shadow_params)
             for average in self.profiles.values()

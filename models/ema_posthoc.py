@@ -134,8 +134,9 @@ def _read(path: Path) -> dict:
     head = load_torch(path, "cpu", mmap=True, what="snapshot")
     if not _is_snapshot(head):
         raise ValueError(
-            f"{path}: expected a snapshot of power-function averages (step, t, gamma, tensors), "
-            "got something else, or numbers that are not finite; remove it, or fetch it again"
+            f"{path}: expected a snapshot of power-function averages (step, t ≥ 1, gamma, "
+            "tensors), got something else, or numbers that are not finite; remove it, or fetch it "
+            "again"
         )
     return head
 
@@ -146,7 +147,7 @@ def _is_snapshot(head) -> bool:
         return (
             isinstance(step, int)
             and len(t) == len(gamma) == len(tensors) > 0
-            and all(isinstance(n, int) and n >= 0 for n in t)
+            and all(isinstance(n, int) and n > 0 for n in t)
             and all(isinstance(g, float) and 0 < g < math.inf for g in gamma)
             and all(
                 v.is_floating_point() and bool(v.isfinite().all()) for part in tensors for v in part

@@ -95,7 +95,7 @@ class _Network(nn.Module):
 
 @register_model(name="mlp")
 class MLP(nn.Module):
-    """A residual perceptron: x (B, *), labels (B,) -> x's shape.
+    """A residual perceptron: x (B, *), labels (B,) -> x's shape and type, also under autocast.
 
     Of `config.model` it reads `nf` (width), `num_res_blocks` (depth), `nonlinearity`, `dropout`,
     `embedding_type` and `fourier_scale` (of the labels), `coordinate_scale` (of random frequencies
@@ -107,20 +107,28 @@ class MLP(nn.Module):
     that the field has no curl. Whatever the output means, the score is a part of x plus a part of
     the output, with factors of t alone, and has none either: s = −∇E(x, t). Gradients of the
     weights, divergences, and no_grad work as for any network.
+
+    Raises: ValueError, when called, where x or the labels do not have these shapes.
     """
 
     def __init__(self, config):
         super().__init__()
         m, data = config.model, config.data
-        dim = data.num_channels * data.image_size**2
+        self.dim = dim = data.num_channels * data.image_size**2
         self.config = config
         self.scale_by_sigma, self.energy = m.scale_by_sigma, m.energy
         # The gradient of a potential does not see a constant.
         self.net = _Network(config, dim, 1 if self.energy else dim, bias=not self.energy)
 
     def forward(self, x, labels):
+        if math.prod(x.shape[1:]) != self.dim or labels.shape != x.shape[:1]:
+            raise ValueError(
+                f"MLP needs samples of {self.dim} numbers and one label each, got x of shape "
+                f"{tuple(x.shape)} and labels of shape {tuple(labels.shape)}; set "
+                "data.num_channels and data.image_size, or use labels.expand(len(x))"
+            )
         output = (self._gradient if self.energy else self.net)(x.flatten(1), labels)
-        output = output.reshape(x.shape)
+        output = output.reshape(x.shape).to(x.dtype)
         if self.scale_by_sigma:
             output = output / labels.to(output).reshape(-1, *(1,) * (x.ndim - 1))
         return output

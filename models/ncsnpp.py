@@ -9,6 +9,7 @@ from .layers import (
     LabelEmbedding,
     activated,
     at_least_float32,
+    check_images,
     dense,
     expand_to,
     get_timestep_embedding,
@@ -286,7 +287,7 @@ class NCSNpp(nn.Module):
         return Architecture.from_config(config)
 
     def forward(self, x, time_cond, y=None):
-        self._check(x, time_cond)
+        check_images(self, x, time_cond, self.channels, self.stride)
         temb = self.embedding(time_cond)
         if y is not None:
             temb = temb + self._embed_labels(y, len(x))
@@ -320,21 +321,3 @@ class NCSNpp(nn.Module):
                 "y.expand(len(x))"
             )
         return self.label_embedding(y)
-
-    def _check(self, x, time_cond) -> None:
-        name = type(self).__name__
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"{name} needs images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}; "
-                "set data.num_channels"
-            )
-        if x.shape[2] % self.stride or x.shape[3] % self.stride:
-            raise ValueError(
-                f"{name} needs a height and width divisible by {self.stride}, got "
-                f"{tuple(x.shape[2:])}; pad the images or shorten model.ch_mult"
-            )
-        if time_cond.shape != x.shape[:1]:
-            raise ValueError(
-                f"{name} needs one label per image, shape {tuple(x.shape[:1])}, got "
-                f"{tuple(time_cond.shape)}; use labels.expand(len(x))"
-            )

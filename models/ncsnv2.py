@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .layers import expand_to, get_act, group_norm, run_block
+from .layers import check_images, expand_to, get_act, group_norm, run_block
 from .layers_refinenet import RefineBlock, ResidualBlock
 from .normalization import get_normalization
 from .utils import get_sigmas, register_model
@@ -94,7 +94,8 @@ class RefineNet(nn.Module):
             self.add_module(name, blocks[name])
 
     def forward(self, x, labels):
-        self._check(x, labels)
+        check_images(self, x, labels, self.channels)
+        self._check_size(*x.shape[2:])
         index = labels.long()
         y = index if self.conditional else None
         h = self.begin_conv(x if self.centered else 2 * x - 1)
@@ -136,20 +137,6 @@ class RefineNet(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} needs images more than {largest} pixels high or wide, got "
                 f"{height} x {width}; use 'ncsnv2_64', or larger images"
-            )
-
-    def _check(self, x, labels) -> None:
-        name = type(self).__name__
-        if x.ndim != 4 or x.shape[1] != self.channels:
-            raise ValueError(
-                f"{name} needs images of shape (B, {self.channels}, H, W), got {tuple(x.shape)}; "
-                "set data.num_channels"
-            )
-        self._check_size(*x.shape[2:])
-        if labels.shape != x.shape[:1]:
-            raise ValueError(
-                f"{name} needs one label per image, shape {tuple(x.shape[:1])}, got "
-                f"{tuple(labels.shape)}; use labels.expand(len(x))"
             )
 
 

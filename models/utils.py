@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,12 +106,12 @@ def rows_are_free(sde, model) -> bool:
     return free and isinstance(model, torch.nn.Module)
 
 
-def unwrap(model):
+def unwrap(model) -> Any:
     """The network inside DataParallel, DistributedDataParallel or torch.compile."""
     while isinstance(
         model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     ) or hasattr(model, "_orig_mod"):
-        model = getattr(model, "_orig_mod", None) or model.module
+        model = getattr(model, "_orig_mod" if hasattr(model, "_orig_mod") else "module")
     return model
 
 

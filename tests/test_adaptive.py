@@ -349,3 +349,41 @@ def test_adaptive_samplers_are_chosen_by_the_config(method):
     settings.sampling.solver = {"rtoll": 1e-3}
     with pytest.raises(ValueError, match=rf"{method}' has no option 'rtoll'; .*max_nfe.*rtol"):
         make()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_growth_without_bound_leaves_the_samples_that_have_arrived_alone(name):
+    """0 times an infinite growth is no number, of which a table has no row."""
+    seen = []
+
+    def network(x, labels):
+        seen.append(bool(torch.isfinite(x).all() and (labels >= 0).all()))
+        return 0.9 * x * (1 + 0.3 * torch.sin(3 * x))
+
+    torch.manual_seed(0)
+    sde = sde_lib.VPSDE()
+    make = METHODS[name](sde, (16, 2), identity, max_growth=math.inf, continuous=False)
+    samples, _ = make(network)
+    assert samples.isfinite().all() and all(seen)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_attempt_looks_at_the_device_at_most_four_times(name, monkeypatch):
+    looks, calls = [], []
+    for method in ("__bool__", "__float__", "__int__", "item", "nonzero", "tolist"):
+        kept = getattr(torch.Tensor, method)
+
+        def look(self, *args, kept=kept, method=method, **options):
+            if self.ndim == 0 or method == "nonzero":
+                looks.append(1)
+            return kept(self, *args, **options)
+
+        monkeypatch.setattr(torch.Tensor, method, look)
+
+    def network(x, labels):
+        calls.append(1)
+        return 0.9 * x
+
+    METHODS[name](sde_lib.VPSDE(), (16, 2), identity)(network)
+    attempts = len(calls) / (2 if name == "gotta_go_fast" else 3)
+    assert len(looks) <= 4 * attempts + 40

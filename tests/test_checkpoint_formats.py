@@ -426,6 +426,10 @@ def test_convert_refuses_with_the_remedy_and_writes_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             convert(*arguments)
+    own = load_file(ORIGINAL) | {"ema": {"mine": {}}}
+    torch.save(own, tmp_path / "there.pth")
+    with pytest.raises(ValueError, match=r"an average with 'shadow_params', got \['mine'\]"):
+        convert(tmp_path / "there.pth", out, "native", config)
     with pytest.raises(FileNotFoundError, match="--input"):
         convert(tmp_path / "none.pth", out, "native", config)
     assert os.listdir(tmp_path) == ["there.pth"]

@@ -56,7 +56,13 @@ def test_the_configs_build_their_networks(name):
 
 
 @pytest.mark.parametrize(
-    ("shape", "message"), [((2, 3, 8, 8), "images of shape"), ((2, 1, 7, 8), "divisible by 2")]
+    ("shape", "message"),
+    [
+        ((2, 3, 8, 8), "images of shape"),
+        ((2, 1, 7, 8), "divisible by 2"),
+        ((2, 1, 8, 7), "NoiseConditionalClassifier needs a height and width divisible by 2"),
+        ((3, 1, 8, 8), "one label per image"),
+    ],
 )
 def test_other_images_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):

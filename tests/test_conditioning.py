@@ -97,6 +97,14 @@ def test_labels_are_dropped_in_training_only():
     assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn where nothing is dropped
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+def test_labels_are_integers_of_any_kind(dtype):
+    embed = layers.LabelEmbedding(CLASSES, 4, dropout=0.0)
+    torch.nn.init.normal_(embed.table.weight)
+    y = torch.arange(CLASSES)
+    assert torch.equal(embed(y.to(dtype)), embed(y))
+
+
 @pytest.mark.parametrize(
     ("y", "message"),
     [

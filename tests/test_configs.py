@@ -228,6 +228,7 @@ def test_wrong_type_is_refused(given):
         {"model": {"ch_mult": ()}},
         {"eval": {"bpd_dataset": "both"}},
         {"data": {"levels": 1}},
+        {"optim": {"grad_clip": 0.0}},  # nothing would be learnt
     ],
 )
 def test_value_out_of_range_is_refused_with_a_remedy(given):

@@ -435,3 +435,73 @@ def test_evaluations_are_all_that_were_made(settings):
     state["model"].register_forward_hook(lambda *_: calls.append(1))
     outcome = get_task(config)(Job(config, sde, state["model"]))()
     assert outcome.numbers["evaluations"] == len(calls)
+
+
+# --- settings that every method hears ----------------------------------------------------------
+
+
+def test_the_grid_of_every_method_goes_by_the_configured_rho(run):
+    config = complete_here(tiny(**QUICK, sampling__schedule="karras", sampling__rho=3.0))
+    sde, state = sde_lib.get_sde(config), create_state(config)
+    assert Job(config, sde, state["model"]).grid()["rho"] == 3.0
+
+
+def test_samples_are_drawn_in_the_configured_precision(run, tmp_path, monkeypatch):
+    import run_lib_control_job
+
+    seen, kept = [], run_lib_control_job.sampling_precision
+
+    def spy(config):
+        seen.append(config.sampling.precision)
+        return kept(config)
+
+    monkeypatch.setattr(run_lib_control_job, "sampling_precision", spy)
+    control(tiny(**QUICK, sampling__precision="bf16"), run, tmp_path)
+    assert seen == ["bf16"] * 2
+    settings = {**QUICK, "control__task": "superres_bicubic", "control__operator": {"factor": 2}}
+    found = control(tiny(**settings, sampling__precision="bf16"), run, tmp_path / "bicubic")
+    assert results(found)["constraint_error"] < 1e-5
+    for noise in (0.0, 0.1):
+        config = tiny(**settings, sampling__precision="bf16", control__method="mmps")
+        config.control.noise = noise
+        assert pixels(control(config, run, tmp_path / f"mmps{noise}"))
+
+
+def test_codes_go_by_batches_and_are_the_same_at_any_size(run, tmp_path, monkeypatch):
+    import sampling
+
+    sizes, kept = [], sampling.encode
+
+    def spy(sde, model, x, **options):
+        sizes.append(len(x))
+        return kept(sde, model, x, **options)
+
+    monkeypatch.setattr(sampling, "encode", spy)
+    settings = {**QUICK, "control__task": "interpolate", "control__num_images": 3}
+    found = []
+    for size in (2, 8):
+        config = tiny(**{**settings, "eval__batch_size": size})
+        found.append(results(control(config, run, tmp_path / str(size))))
+    assert sizes == [2, 1, 3]
+    assert found[0]["round_trip_rms"] == pytest.approx(found[1]["round_trip_rms"], rel=0.2)
+
+
+def test_classes_are_not_guided_by_a_network_that_was_never_trained_without_one(run):
+    settings = {"model__num_classes": 10, "control__task": "class"}
+    for weight, refused in ((1.0, True), (0.0, False)):
+        config = complete_here(tiny(**QUICK, **settings, control__weight=weight))
+        sde, state = sde_lib.get_sde(config), create_state(config)
+        job = Job(config, sde, state["model"])
+        if refused:
+            with pytest.raises(ValueError, match=r"set --config\.control\.weight=0"):
+                get_task(config)(job)
+        else:
+            assert callable(get_task(config)(job))
+
+
+@pytest.mark.parametrize("method", ["ddnm", "mmps", "repaint", "smc"])
+def test_a_mistaken_option_is_named_before_the_sampling(run, tmp_path, method):
+    config = tiny(**QUICK, control__method=method, control__noise=0.1)
+    config.control.options.itterations = 3
+    with pytest.raises(ValueError, match="has no option 'itterations'"):
+        control(config, run, tmp_path)

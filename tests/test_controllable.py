@@ -509,3 +509,19 @@ def test_a_loop_of_ones_own_over_the_shared_updates_runs_unchanged(name, correct
     means = (x_mean.mean((1, 2, 3)), measured.mean((1, 2, 3)))
     torch.testing.assert_close(*means, rtol=0.02, atol=2e-3)
     assert 0.2 < x_mean.std() < 0.8
+
+
+def test_images_that_are_none_are_refused_by_what_they_are():
+    sde = process("vpsde")
+    paint = inpainter(sde)
+    colour = cg.get_pc_colorizer(sde, None, None, identity, 0.1)
+    for words, wrong in (
+        ("numpy.ndarray", torch.zeros(1, 3, 2, 2).numpy()),
+        ("torch.uint8", torch.zeros(1, 3, 2, 2, dtype=torch.uint8)),
+        (r"of shape \(0, 3, 2, 2\)", torch.zeros(0, 3, 2, 2)),
+        ("NoneType", None),
+    ):
+        with pytest.raises(ValueError, match=words):
+            paint(lambda x, t: x, wrong, torch.ones(2, 2))
+        with pytest.raises(ValueError, match=words):
+            colour(lambda x, t: x, wrong)

@@ -26,6 +26,7 @@ from data_lib import (
     get_data_scaler,
     get_image_sets,
     prepare,
+    quantize,
     resize,
     to_channels,
     train_batches,
@@ -139,6 +140,13 @@ def test_dequantisation_does_not_round_up_to_the_next_level(monkeypatch):
     x = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     y = prepare(x, make_config(), dequantize=True)
     assert y.max() < 1 and torch.equal((y * 256).floor(), x.float())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_images_of_any_precision_come_back_as_their_levels(dtype):
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    x = (levels.double() / 255).to(dtype)
+    assert torch.equal(quantize(x, make_config(uniform_dequantization=False)), levels)
 
 
 def test_flips_mirror_whole_images_about_half_of_the_time():
@@ -606,6 +614,14 @@ def test_get_dataset_yields_nhwc_floats_in_0_1_for_ever():
         assert image.min() >= 0 and image.max() == 1
         assert torch.from_numpy(image).float().permute(0, 3, 1, 2).shape == (64, 1, 8, 8)
         assert batch["label"]._numpy().shape == (64,)
+
+
+def test_get_dataset_leaves_every_scaling_to_the_caller():
+    config = door_config()
+    plain = next(iter(datasets.get_dataset(config, True, evaluation=True)[1]))["image"]
+    config.data.update(centered=False, logit_alpha=0.05)
+    logits = next(iter(datasets.get_dataset(config, True, evaluation=True)[1]))["image"]
+    assert np.array_equal(logits, plain)
 
 
 def test_get_dataset_for_evaluation_sees_every_image_once():

@@ -25,7 +25,7 @@ from configs.validation import complete
 from data_lib import ImageSet, eval_batches, get_image_sets, prepare, train_batches
 from data_lib_batches import Shuffled, automatic_workers
 from data_lib_files import list_images
-from data_lib_index import Names
+from data_lib_index import Names, Watched
 from distributed import share
 from randomness import Draws
 
@@ -254,6 +254,16 @@ def test_an_index_is_kept_and_read_again(kind, looks, tmp_path):
     before, again = list_images(path), list_images(path)
     assert len(looks) == 1 and again.names == before.names and again.base == before.base
     assert torch.equal(again.read(range(7)), before.read(range(7)))
+
+
+def test_a_kept_index_keeps_names_of_any_letters(tmp_path):
+    names = ["a\0b/x\n.png", "c/\udcff.png", "\0/é.png"]  # keys of an lmdb may be so
+    index, watched = data_lib_index.Index(Names.of(names), 3), Watched()
+    (tmp_path / "data").mkdir()
+    watched.add(tmp_path / "data")
+    data_lib_index._keep(tmp_path / "index.npz", index, watched)
+    kept = data_lib_index._load(tmp_path / "index.npz")
+    assert kept is not None and [kept.names[i] for i in range(3)] == names and not kept.columns
 
 
 CHANGES = {

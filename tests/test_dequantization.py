@@ -155,6 +155,15 @@ def test_the_ends_of_the_interval_stay_inside_with_finite_densities(spread):
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
+def test_a_steep_spline_is_inverted_with_finite_slopes_in_float32():
+    generator = torch.Generator().manual_seed(0)
+    u, raw = torch.rand(20_000, generator=generator), torch.randn(20_000, 25, generator=generator)
+    x, log_slope = spline(u, 10 * raw, inverse=True)
+    exact, _ = spline(u.double(), 10 * raw.double(), inverse=True)
+    assert log_slope.isfinite().all() and x.min() >= 0 and x.max() <= 1
+    torch.testing.assert_close(x.double(), exact, rtol=0, atol=1e-3)
+
+
 def test_a_spline_is_the_identity_at_zero_and_keeps_the_ends():
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
     v, log_slope = spline(u, torch.zeros(101, 25, dtype=torch.float64))

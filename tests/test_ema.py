@@ -183,6 +183,18 @@ def test_a_step_before_the_last_uses_no_later_snapshot(tmp_path):
         posthoc_ema(tmp_path, 0.10)
 
 
+def test_an_average_over_no_time_is_no_snapshot(tmp_path):
+    p = parameter()
+    kept = Averages([p], 0.999, profiles=(0.05, 0.10))
+    with pytest.raises(ValueError, match="at least one update"):
+        kept.save_snapshot(tmp_path, 0)
+    begun = [ema_posthoc.Snapshot(0, gamma, [p.detach()]) for gamma in GAMMAS]
+    ema_posthoc.write(tmp_path, 0, begun, torch.float32)  # of an older version
+    feed(kept, p, random_walk(4), save=tmp_path, every=4)
+    with pytest.raises(ValueError, match="t ≥ 1"):
+        posthoc_ema(tmp_path, 0.07)
+
+
 def test_parameters_that_never_change_come_back_from_half_precision(tmp_path):
     p = torch.nn.Parameter(torch.tensor([0.1, -3.0]))
     kept = Averages([p], 0.999, profiles=(0.05, 0.10))

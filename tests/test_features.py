@@ -314,6 +314,15 @@ def test_the_examples_of_the_protocol_page_run(registry, tmp_path, monkeypatch, 
     assert features.get_extractor("mean_colour")(pictures(2)).pool.shape == (2, 3)
 
 
+def test_features_are_the_same_under_the_callers_autocast():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(16, 4))
+    extractor = features.Extractor("mine", lambda images: network(images.float()))
+    images = torch.randint(0, 256, (5, 1, 4, 4), dtype=torch.uint8)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = extractor(images).pool
+    assert torch.equal(low, extractor(images).pool)
+
+
 def test_levels_are_spread_over_a_byte():
     x = torch.arange(17).byte()
     assert features.as_bytes(x, 17).tolist()[::8] == [0, 128, 255]

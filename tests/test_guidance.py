@@ -390,3 +390,13 @@ def test_a_users_process_of_five_methods_is_guided():
     x = sampler(bed.score_fn(), labels).reshape(n, 2).double()
     means = torch.stack([x[labels == k].mean(0) for k in range(3)])
     torch.testing.assert_close(means, CENTRES, rtol=0, atol=0.05)
+
+
+def test_labels_are_integers_of_any_width():
+    def logits(x, t):
+        return x.flatten(1)[:, :4]
+
+    x, t = torch.randn(2, 1, 2, 2), torch.full((2,), 0.5)
+    wanted = cg.classifier_gradient(SDES["vpsde"], logits, torch.tensor([1, 3]))(x, t)
+    for labels in (torch.tensor([1, 3], dtype=torch.int32), [1, 3], torch.tensor([1, 3]).byte()):
+        assert torch.equal(cg.classifier_gradient(SDES["vpsde"], logits, labels)(x, t), wanted)

@@ -507,3 +507,8 @@ def test_a_config_without_the_new_keys_samples():
     sampler = sampling.get_sampling_fn(settings, sde, (2, 3), identity, 1e-3)
     x, nfe = sampler(toys.AsModel(sde, toys.gaussian_score(sde, MEAN, STD)))
     assert nfe == 7 and math.isfinite(float(x.sum()))
+
+
+def test_slerp_of_no_codes_is_none():
+    none = torch.zeros(0, 3, 2)
+    assert sampling.slerp(none, none, torch.linspace(0, 1, 4)).shape == (4, 0, 3, 2)

@@ -194,6 +194,16 @@ def test_precision_and_recall_are_their_definition_in_blocks_of_any_size(monkeyp
         assert got[key] == pytest.approx(float(value), abs=1e-12), key
 
 
+def test_blocks_of_distances_are_bounded_however_wide_the_points_are(monkeypatch):
+    seen, double = [], metrics._double
+    monkeypatch.setattr(metrics, "_double", lambda x: (seen.append(x.numel()), double(x))[1])
+    monkeypatch.setattr(metrics, "_BLOCK_BYTES", 8 * 5000)
+    x = normal(50, 1000)
+    got = torch.cat([distances for _, distances in metrics._squared_distances(x, x)])
+    assert max(seen) <= 5000
+    torch.testing.assert_close(got, (x[:, None] - x).square().sum(2), atol=1e-9, rtol=1e-12)
+
+
 def test_precision_and_recall_of_a_set_to_itself_and_to_one_far_away():
     x = normal(100, 4)
     got = metrics.precision_recall_density_coverage(x.float(), x.float())

@@ -56,6 +56,24 @@ def test_the_output_is_the_gradient_of_the_potential():
     assert torch.allclose(model(x, t), gradient, atol=1e-14)
 
 
+@pytest.mark.parametrize("energy", [False, True])
+def test_samples_of_another_dimension_or_number_of_labels_are_refused(energy):
+    model = network(energy=energy)
+    for x, labels in (((3, 3), 3), ((3, 2), 2), ((3, 2), 1), ((3, 1), 3)):
+        with pytest.raises(ValueError, match="samples of 2 numbers and one label each"):
+            model(torch.zeros(x), torch.ones(labels))
+    assert model(torch.zeros(0, 2), torch.ones(0)).shape == (0, 2)
+
+
+@pytest.mark.parametrize("energy", [False, True])
+def test_under_autocast_the_output_has_the_type_of_the_input(energy):
+    model, (x, t) = network(energy=energy), points(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x, t)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, model(x, t), rtol=0.05, atol=0.05)
+
+
 def test_a_plain_field_has_no_potential():
     with pytest.raises(ValueError, match=r"model\.energy=True"):
         network().potential(*points(dtype=torch.float32))

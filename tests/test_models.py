@@ -381,6 +381,32 @@ def test_attention_is_softmax_attention(tokens):
     torch.testing.assert_close(layers.attention(q, k, v), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [16, 1100])
+def test_attention_has_every_derivative_at_any_number_of_tokens(tokens):
+    q, k, v = (t.requires_grad_() for t in torch.randn(3, 2, tokens, 4, dtype=torch.float64))
+    u = torch.randn(2, tokens, 4, dtype=torch.float64)
+
+    def exact(q, k, v):
+        return (q @ k.mT / 2).softmax(-1) @ v
+
+    def derivatives(fn):
+        value = fn(q, k, v)
+        first = torch.autograd.grad((value * u).sum(), (q, k, v), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), (q, k, v))
+        plain = torch.autograd.grad((fn(q, k, v.detach()) * u).sum(), (q, k))
+        again = torch.utils.checkpoint.checkpoint(fn, q, k, v, use_reentrant=False)
+        plain += torch.autograd.grad((again * u).sum(), (q, k, v))
+        batch = torch.autograd.grad(fn(q, k, v), q, torch.stack([u, -u]), is_grads_batched=True)
+        forward = torch.func.jvp(lambda q: fn(q, k, v), (q,), (u,))[1]
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(q, u)
+            tangent = torch.autograd.forward_ad.unpack_dual(fn(dual, k, v)).tangent
+        return [value, *first, *second, *plain, *batch, forward, tangent]
+
+    for got, want in zip(derivatives(layers.attention), derivatives(exact), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-10, rtol=1e-9)
+
+
 @pytest.mark.parametrize("cls", [layerspp.ResnetBlockDDPMpp, layerspp.ResnetBlockBigGANpp])
 def test_residual_blocks_work_without_an_embedding(cls):
     block = cls(torch.nn.SiLU(), 8, 12, init_scale=1.0)

@@ -401,3 +401,53 @@ def test_constants_follow_the_device(A):
     x = batch(A.shape_in, dtype=torch.float32)
     assert far(A(x.cuda()).cpu(), A(x)) < 1e-4
     assert far(A.pinv(A(x).cuda()).cpu(), A.pinv(A(x))) < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", CASES)
+def test_half_precision_is_computed_in_float32(case, dtype):
+    A = made(case)
+    x = batch(A.shape_in, dtype=dtype)
+    y = A(x)
+    assert torch.equal(y, A(x.float()).to(dtype))
+    assert torch.equal(A.adjoint(y), A.adjoint(y.float()).to(dtype))
+    assert torch.equal(A.pinv(y), A.pinv(y.float()).to(dtype))
+    assert torch.equal(A.solve_gram(y, 1.0, 0.1), A.solve_gram(y.float(), 1.0, 0.1).to(dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_map_takes_an_empty_batch(case):
+    A = made(case)
+    x = torch.zeros(0, *A.shape_in)
+    y = A(x)
+    assert y.shape == (0, *A.shape_out)
+    assert A.adjoint(y).shape == A.pinv(y).shape == A.project(x, y).shape == x.shape
+    assert A.solve_gram(y, 1.0, 0.1).shape == y.shape
+    assert A.solve_gram(y, torch.zeros(0), torch.zeros(0)).shape == y.shape
+
+
+def test_conjugate_gradients_warn_of_what_is_no_number():
+    A = get_operator("superres_bicubic", (1, 8, 8), factor=2)
+    A.__dict__["svd"] = None
+    with pytest.warns(RuntimeWarning, match="relative residual of nan"):
+        A.pinv(torch.full((1, 1, 4, 4), math.nan))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_autocast_does_not_reach_a_measurement(case):
+    """In bfloat16 a matrix product would be 1e-2 off, and A x = y with it."""
+    A = made(case)
+    x = batch(A.shape_in, dtype=torch.float32)
+    y = A(x)
+    svd = A.svd
+    c = svd.Vt(x)
+
+    def all_maps():
+        maps = (A(x), A.adjoint(y), A.pinv(y), A.solve_gram(y, 1.0, 0.1))
+        return (*maps, svd.V(c), svd.Vt(x), svd.U(c), svd.Ut(y))
+
+    plain = all_maps()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = all_maps()
+    for a, b in zip(plain, cast, strict=True):
+        assert torch.equal(a, b)

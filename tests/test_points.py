@@ -81,6 +81,24 @@ def test_points_lie_on_the_canvas_with_a_standard_deviation_near_one(name):
     assert (x.abs() < data_lib_points.CANVAS).all(dim=1).double().mean() > 0.98
 
 
+@pytest.mark.parametrize("name", SETS)
+def test_where_only_noise_is_left_the_density_is_that_of_the_noise(name):
+    x = torch.randn(50, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = density(name).log_density(x, 0.0, 1.5)
+    exact = torch.distributions.Normal(0.0, 1.5).log_prob(x).sum(dim=1)
+    assert torch.allclose(log_p, exact, rtol=0, atol=1e-6)
+    assert torch.allclose(density(name).score(x, 0.0, 1.5), -x / 1.5**2, rtol=0, atol=1e-6)
+
+
+def test_a_batch_may_hold_data_and_noisy_points():
+    p, gen = Pixels(torch.eye(2), 1.0), torch.Generator().manual_seed(0)
+    x = 2 * torch.rand(40, 2, generator=gen, dtype=torch.float64) - 1
+    sigma = torch.tensor([0.0, 0.3], dtype=torch.float64).repeat(20)
+    mixed = p.log_density(x, 1.0, sigma)
+    assert torch.equal(mixed[::2], p.log_density(x[::2], 1.0, 0.0))
+    assert torch.equal(mixed[1::2], p.log_density(x[1::2], 1.0, 0.3))
+
+
 def test_far_from_all_pixels_density_and_score_are_still_right():
     """There the nearest pixel alone counts, as a Gaussian's would."""
     p = Pixels(torch.ones(1, 1), 0.5)
@@ -227,6 +245,8 @@ def test_the_discrepancy_of_gaussians_is_its_closed_form():
     exact = 2 / 3 * (1 - math.exp(-float(m @ m) / 6))
     assert evaluation_points.mmd2(a, b + m, scales=(1.0,)) == pytest.approx(exact, rel=0.15)
     assert abs(evaluation_points.mmd2(a, b)) < 5e-3
+    with pytest.raises(ValueError, match="at least 2 points of each, got 1 and 1500"):
+        evaluation_points.mmd2(a[:1], b)
 
 
 def test_the_divergence_of_gaussians_on_a_grid_is_its_closed_form():
@@ -257,6 +277,20 @@ def test_an_image_of_16_bits_is_read_as_dark_as_it_is(tmp_path):
         toy("image_density", image=str(tmp_path / "ramp.png"), image_threshold=0.5)
     )
     assert 0.45 < (density.weights > 0).double().mean() < 0.55
+
+
+def test_a_picture_is_opened_as_images_of_a_folder_are(tmp_path):
+    from PIL import Image
+
+    bars = Image.fromarray(np.repeat([[0, 255, 255, 255]], 2, 0).astype(np.uint8))
+    exif = bars.getexif()
+    exif[0x112] = 6  # turn right: what is on the left comes to the top
+    bars.save(tmp_path / "turned.png", exif=exif)
+    dark = data_lib_points.get_density(toy("image_density", image=str(tmp_path / "turned.png")))
+    assert (dark.weights > 0).tolist() == [[False] * 2] * 3 + [[True] * 2]  # rows from the bottom
+    Image.fromarray(np.zeros((8, 8), np.float32)).save(tmp_path / "numbers.tif")
+    with pytest.raises(ValueError, match="no known range"):
+        data_lib_points.get_density(toy("image_density", image=str(tmp_path / "numbers.tif")))
 
 
 def test_a_file_that_is_no_image_is_refused_by_its_name(tmp_path):

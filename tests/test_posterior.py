@@ -611,7 +611,7 @@ def test_wrong_arguments_are_refused():
         ("floor > 0", lambda: make(method="tmpd", floor=0.0)),
         ("iterations ≥ 1", lambda: make(iterations=0)),
         ("≥ 0, got -1", lambda: make(noise=-1)),
-        ("≥ 0, got nan", lambda: make(noise=math.nan)),
+        ("noise: expected a number, got nan", lambda: make(noise=math.nan)),
         (
             "measurement of shape",
             lambda: make(y=torch.zeros(3, 1))(torch.zeros(2, 2), torch.ones(2)),

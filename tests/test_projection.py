@@ -10,7 +10,7 @@ import sde_lib
 from controllable_generation import get_pc_inpainter
 from controllable_generation_methods import METHODS, get_inverse_solver
 from controllable_generation_projection import KnownMeasurement, _RePaint, ddnm_score
-from operators import get_operator
+from operators import Operator, get_operator
 from parametrization import as_score_function
 from sampling import get_pc_sampler, get_predictor
 from sde_lib import alpha_sigma, expand
@@ -418,7 +418,7 @@ def test_shapes_that_do_not_fit_are_refused():
         make(sde, (2, 4), A, torch.zeros(3, 2))
     with pytest.raises(ValueError, match="expected a guide"):
         get_inverse_solver("sdedit")(sde, (2, 4), None, torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"unknown; known: .*ddrm"):
+    with pytest.raises(ValueError, match=r"unknown; registered: .*ddrm"):
         get_inverse_solver("drm")
 
 
@@ -444,3 +444,82 @@ def test_a_users_process_of_five_methods_and_a_network_go(name):
     assert torch.isfinite(samples).all()
     if name not in ("projection", "sdedit"):
         assert (operator(samples) - y).abs().max() < 1e-5
+
+
+def test_repaint_goes_by_the_directions_that_the_state_s_precision_can_tell():
+    """Of a singular value of 1e-9 float32 knows nothing, and it must not end the resampling."""
+
+    class Diagonal(Operator):
+        def forward(self, x):
+            return x * torch.tensor([1.0, 1.0, 1e-9], dtype=x.dtype)
+
+        transpose = forward
+
+    A = Diagonal((3,), (3,))
+    known = KnownMeasurement(SDES["vp"], A, torch.zeros(1, 3), noise=0.01)
+    t = torch.tensor(0.5, dtype=F64)
+    assert known.holds(torch.zeros(2, 3), t)
+    assert not known.holds(torch.zeros(2, 3, dtype=F64), t)
+
+
+def test_the_options_of_repaints_predictor_go_to_it():
+    A, y = get_operator("mask", (4,), mask=torch.tensor([1, 0, 0, 1])), torch.zeros(1, 2)
+    make = get_inverse_solver("repaint")
+    options = {"steps": 6, "jump": 2, "resamplings": 2, "seeds": [1, 2], "eps": 1e-2}
+    samples = [
+        make(SDES["vp"], (2, 4), A, y, predictor="ddim", solver={"eta": eta}, **options)(
+            as_score_function(lambda x, t: -x, SDES["vp"])
+        )[0]
+        for eta in (0.0, 1.0)
+    ]
+    assert not torch.equal(*samples)
+    with pytest.raises(ValueError, match="DDIMPredictor has no option 'tau'; its options are eta"):
+        make(SDES["vp"], (2, 4), A, y, predictor="ddim", solver={"tau": 1.0})
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_options_that_a_method_does_not_have_are_refused_by_name(name):
+    A, y = get_operator("mask", (4,), mask=torch.tensor([1, 0, 0, 1])), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="has no option 'itterations'"):
+        get_inverse_solver(name)(SDES["vp"], (2, 4), A, y, noise=0.1, itterations=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken"),
+    [("ddrm", "predictor"), ("ddrm", "solver"), ("replacement", "start"), ("sdedit", "start"),
+     ("repaint", "constrain")],
+)  # fmt: skip
+def test_what_a_method_sets_itself_is_refused_by_name(name, taken):
+    A, y = get_operator("mask", (4,), mask=torch.tensor([1, 0, 0, 1])), torch.zeros(1, 2)
+    with pytest.raises(ValueError, match=f"{name if name != 'replacement' else 'projection'} has "
+                                         f"no option '{taken}'"):  # fmt: skip
+        get_inverse_solver(name)(SDES["vp"], (2, 4), A, y, **{taken: None})
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_measurements_that_are_none_are_refused_before_the_sampling(name):
+    A, shape = get_operator("mask", (4,), mask=torch.tensor([1, 0, 0, 1])), (2, 4)
+    make, good = get_inverse_solver(name), torch.zeros(1, 2)
+    for words, y, noise in (
+        ("expected finite measurements, got 2", good * torch.nan, 0.1),
+        ("floating point, got ndarray", good.numpy(), 0.1),
+        ("floating point, got torch.int64", good.long(), 0.1),
+        ("noise: expected a number", good, "a"),
+        ("≥ 0, got -1", good, -1),
+    ):
+        with pytest.raises(ValueError, match=words):
+            make(SDES["vp"], shape, A, y, noise=noise)
+    if name == "smc":
+        with pytest.raises(ValueError, match="noise > 0"):
+            make(SDES["vp"], shape, A, good)
+
+
+def test_a_grid_of_no_steps_and_a_start_that_is_no_number_are_refused():
+    make, y = get_inverse_solver("sdedit"), torch.zeros(1, 4)
+    for words, options in (("steps ≥ 1", {"steps": 0}), ("t0: expected a number", {"t0": "a"})):
+        with pytest.raises(ValueError, match=words):
+            make(SDES["vp"], (2, 4), None, y, **options)
+    with pytest.raises(ValueError, match="jump: expected an integer"):
+        get_inverse_solver("repaint")(
+            SDES["vp"], (2, 4), get_operator("mask", (4,), mask=torch.ones(4)), y, jump=2.5
+        )

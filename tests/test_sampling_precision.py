@@ -140,6 +140,10 @@ def test_outputs_of_cuda_graphs_are_copied_before_the_next_call_overwrites_them(
     assert compiler["modes"] == ["default", "reduce-overhead"]
     run_lib_state.compile_once(torch.nn.Linear(2, 2), "")
     assert len(compiler["modes"]) == 2
+    run_lib_state.compile_once(network, "default")  # another mode than before
+    network.compile()  # as training.compile does
+    run_lib_state.compile_once(network, "default")
+    assert compiler["modes"][2:] == ["default", None, "default"]
     with pytest.raises(ValueError, match=r"eval\.compile"):
         tiny(eval__compile="fast")
 

@@ -363,7 +363,7 @@ def test_wrong_arguments_are_refused():
         ("resample_below", {"resample_below": 1.5}),
         ("chunk ≥ 1", {"chunk": 0}),
         ("3 seeds", {"seeds": [1]}),
-        ("measurements of shape", {"y": torch.zeros(3, 2)}),
+        ("measurement of shape", {"y": torch.zeros(3, 2)}),
         ("'dps' approximates no", {"method": "dps"}),
         ("has no option 'zeta'", {"zeta": 1.0}),
         ("unknown; known", {"method": "magic"}),
@@ -401,3 +401,25 @@ def test_the_noise_of_the_proposal_is_that_of_the_model():
     p = torch.distributions.Normal(mean(guide.D), var.sqrt()).log_prob(moved).sum(2)
     q = torch.distributions.Normal(mean(guide.D + guide.shift), var.sqrt()).log_prob(moved).sum(2)
     assert torch.allclose(log_ratio, p - q, atol=1e-6)
+
+
+def test_a_denoiser_that_fails_at_the_last_time_is_named():
+    bed = GaussianBed(sde_lib.VPSDE(), MEAN2, COV2)
+
+    def score(x, t):
+        return torch.where((t < 2e-3)[:, None], math.nan, bed.score_fn(x, t))
+
+    with pytest.raises(FloatingPointError, match=r"t = 0\.001"):
+        small(model=as_score_function(score, bed.sde))
+
+
+def test_half_precision_and_what_is_no_count_are_refused():
+    for words, options in (
+        ("float32 or torch.float64", {"dtype": torch.bfloat16}),
+        ("particles: expected an integer", {"particles": 2.5}),
+        ("chunk: expected an integer", {"chunk": "a"}),
+        ("tau: expected a number", {"tau": "a"}),
+        ("one per measurement", {"seeds": 3}),
+    ):
+        with pytest.raises(ValueError, match=words):
+            small(**options)

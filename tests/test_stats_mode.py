@@ -1,5 +1,7 @@
 """`--mode stats`: reference statistics of a configuration's data."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import toys_processes
@@ -61,6 +63,35 @@ def test_a_folder_has_statistics_under_its_own_name(tmp_path, monkeypatch):
     assert run_lib_stats.statistics_path(part) == run_lib_stats.statistics_path(config)
     config.eval.stats = str(tmp_path / "out")
     assert run_lib.statistics(config) == tmp_path / "out.npz"
+
+
+def test_statistics_of_another_folder_of_the_same_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lib_stats, "__file__", str(tmp_path / "run_lib_stats.py"))
+    (tmp_path / "assets").mkdir()
+    changes = {"eval__extractor": "pixels", "data__levels": 256, "data__workers": 0}
+    first, second = (
+        tiny(data__dataset="folder", data__path=str(tmp_path / name / "own"), **changes)
+        for name in ("a", "b")
+    )
+    for config in (first, second):
+        folder = Path(config.data.path) / "train"
+        folder.mkdir(parents=True)
+        for i in range(4):
+            pixel = np.random.RandomState(i).randint(0, 256, (8, 8)).astype(np.uint8)
+            Image.fromarray(pixel).save(folder / f"{i}.png")
+        (folder / "0.png").rename(folder.parent / "test.png")
+    path = run_lib.statistics(first)
+    assert path == tmp_path / "assets" / "stats" / "own_8_pixels.npz"
+    assert run_lib.statistics(first) == path  # made again
+    first.data.path += "/train"  # a part of it
+    assert run_lib_stats.statistics_path(first) == path
+    with pytest.raises(ValueError, match=r"images in .*/b/own, got those of .*/a/own.*eval\.stats"):
+        run_lib.statistics(second)
+    second.eval.stats = str(tmp_path / "second.npz")
+    assert run_lib.statistics(second) == tmp_path / "second.npz"
+    path.write_bytes(b"damaged")  # is of nobody
+    second.eval.stats = ""
+    assert run_lib.statistics(second) == path
 
 
 def test_the_data_advise_the_largest_noise(tmp_path, capsys):

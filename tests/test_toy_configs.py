@@ -113,12 +113,12 @@ def test_a_picture_of_points_is_dark_where_they_are():
 
 
 def langevin(start="prior", **options):
-    sde = sde_lib.VESDE(0.01, 5.0)
+    sde, corrector = sde_lib.VESDE(0.01, 5.0), options.pop("corrector", None)
     given = {"sigma": 0.5, "start": start, "steps": 60, "continuous": True, "denoise": False}
     sampler = sampling.get_langevin_sampler(
         sde,
         (4000, 2),
-        sampling.get_corrector("ald"),
+        corrector or sampling.get_corrector("ald"),
         lambda x: x,
         0.3,
         **{**given, **options},
@@ -167,11 +167,24 @@ def test_sample_i_of_langevin_dynamics_is_a_function_of_its_seed():
         ({"sigma": 0.0}, "training.sigma"),
         ({"start": "corner"}, "'prior'|prior"),
         ({"steps": 0}, "steps"),
+        ({"sigma": 1e-4}, r"noise levels σ/α from 0\.01 to 5, got sigma=0\.0001"),
+        ({"sigma": 6.0}, "got sigma=6"),
+        ({"corrector": sampling.NoneCorrector}, "'none' takes none"),
     ],
 )
 def test_what_langevin_dynamics_cannot_do_is_refused(options, match):
     with pytest.raises(ValueError, match=match):
         langevin(**options)
+
+
+def test_langevin_dynamics_refuse_seeds_for_a_corrector_that_draws_its_own_noise():
+    class Own(sampling.AnnealedLangevinDynamics):
+        def randn_like(self, x):
+            return torch.randn_like(x)
+
+    with pytest.raises(ValueError, match="draws its own noise"):
+        langevin(corrector=Own, seeds=range(4000), steps=1)(exact)
+    assert langevin(sigma=0.01, steps=1)(exact)[0].isfinite().all()  # the last level there is
 
 
 @pytest.mark.slow

@@ -49,6 +49,13 @@ def test_to_uint8_refuses_other_shapes_types_and_nan():
         visualize.to_uint8(torch.full((1, 1, 8, 8), torch.nan))
 
 
+def test_no_images_are_refused_by_their_shape():
+    none = images(0)
+    for picture in (visualize.image_grid, lambda x: visualize.side_by_side(x, x)):
+        with pytest.raises(ValueError, match="none of them 0"):
+            picture(none)
+
+
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB")])
 def test_image_grid_places_every_image(channels, mode):
     x = images(5, channels, 4)
@@ -157,6 +164,12 @@ def test_loss_curve_smooths_by_the_mean_of_neighbours_and_drops_nan():
         visualize.loss_curve([1, 2, 3], [1.0, 2.0])
 
 
+def test_numbers_of_a_list_keep_their_digits():
+    x = [0.1, 1 / 3, 1e300, 7]
+    assert visualize.vector(x, "x").tolist() == x
+    assert visualize.vector(np.float32(x[:2]), "x").dtype == np.float64
+
+
 def test_histogram_marks_the_mean_and_counts_finite_values():
     axes = visualize.histogram([1.0, 2, 2, 3, np.inf], "bits/dim", mark=2).axes[0]
     assert sum(patch.get_height() for patch in axes.patches) == 4  # pyright: ignore
@@ -169,6 +182,17 @@ def test_score_curve_has_a_point_and_an_error_bar_per_checkpoint():
     np.testing.assert_array_equal(axes.lines[0].get_xdata(), [1, 3])  # pyright: ignore
     with pytest.raises(ValueError, match="as many as"):
         visualize.score_curve([1, 2], [1.0, 2.0], [0.1], "FID")
+
+
+def test_an_error_that_is_not_finite_is_not_drawn():
+    errors = [np.inf, np.nan, 0.5]
+    for figure in (
+        visualize.score_curve([1, 2, 3], [9.0, 5.0, 4.0], errors, "FID"),
+        visualize.bar_chart(["a", "b", "c"], [9.0, 5.0, 4.0], errors, "change"),
+    ):
+        bars = figure.axes[0].containers[-1].lines[2][0].get_segments()  # pyright: ignore
+        lengths = [float(np.abs(end - start).max()) for start, end in bars]
+        assert lengths == [0.0, 0.0, 1.0]
 
 
 # Report

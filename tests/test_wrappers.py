@@ -261,3 +261,28 @@ def test_refusals_say_why():
         wrap_denoiser(inner, lambda D, x, t: D[:, :1]).denoise(x, t)
     with pytest.raises(TypeError, match="change the process first"):
         on_process(static_threshold(inner), SDES["subvpsde"])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda f: wrap_denoiser(f, lambda D, x, t: D),
+        static_threshold,
+        dynamic_threshold,
+        lambda f: classifier_free_guidance(f, f, 1.0),
+        lambda f: sampling.autoguidance(f, f, 1.0),
+        lambda f: sampling.classifier_guidance(f, lambda x, t: x),
+    ],
+)
+def test_a_wrapper_asks_for_a_score(make):
+    for wrong in (torch.nn.Linear(2, 2), lambda x, t: -x, None):
+        with pytest.raises(TypeError, match="expected a ScoreFunction, got"):
+            make(wrong)
+
+
+def test_scores_of_two_processes_are_not_mixed():
+    a, b = network(SDES["vpsde"], "noise"), network(SDES["vesde"], "noise")
+    with pytest.raises(ValueError, match=r"one process, got those of VPSDE and VESDE.*on_process"):
+        sampling.autoguidance(a, b, 1.0)
+    bound = SDES["vpsde"].bind(torch.zeros(1, 3))
+    assert sampling.autoguidance(a, network(bound, "noise"), 1.0)
