@@ -42,7 +42,7 @@ def _runs() -> dict[str, tuple[str, list[str], dict[str, str]]]:
             runs[f"{module}_{family}_small"] = module, [*own, model, "--size=small"], {}
         large = ["--batch=32", "--checkpointing", "--repeats=1", "--no-peaks"]
         runs[f"train_{family}_memory"] = "train", [model, *large], {}
-        bits = ["--size=small", "--rtol=1e-3", "--method=dopri5", "--repeats=1"]
+        bits = ["--size=small", "--rtol=1e-5", "--images=16", "--method=dopri5", "--repeats=1"]
         runs[f"likelihood_{family}_bits"] = "likelihood", [model, *bits], {}
     runs["import_time"] = "import_time", [], {}
     runs["scaling"] = "scaling", ["--plot=assets/scaling.png"], {}

@@ -431,6 +431,8 @@ QUICK = ("ddim", "reverse_diffusion", "dpmpp_2m")
 def test_a_step_compiles_without_breaks(label, cls):
     from torch._dynamo.testing import CompileCounter
 
+    if cls.multistep and torch.__version__ < "2.7":
+        pytest.skip("TorchDynamo of torch 2.6 breaks the graph where a time is compared")
     sde = SDES["vpsde"]
     times = sampling.time_grid(sde, sde.sampling_eps, 12, "logsnr")
     plain, other = (cls(sde, as_score_function(lambda x, t: -x, sde)) for _ in range(2))
