@@ -32,7 +32,7 @@ from controllable_generation_posterior import (
 from parametrization import Point
 from randomness import seed_for
 from sampling_grids import RHO, check_eps, time_grid
-from sampling_loop import FiniteWatch, check_common, check_seeds, score_and_device, step_bar
+from sampling_loop import FiniteWatch, check_dtype, check_seeds, score_and_device, step_bar
 from sampling_noise import NoiseSource
 from sde_lib import alpha_sigma, half_log_snr
 
@@ -336,7 +336,8 @@ def _check(
             "'dps' approximates no p(y | x_t), which twisted_smc needs; use 'pigdm', with "
             "data_std near 0 for the likelihood that dps starts from, 'tmpd' or 'mmps'"
         )
-    check_common(check_eps, dtype, callback=callback)
+    check_dtype(dtype)
+    arguments.optional(arguments.function, callback=callback)
     arguments.whole(particles=particles)
     arguments.number(tau=tau, resample_below=resample_below)
     arguments.optional(arguments.whole, chunk=chunk)

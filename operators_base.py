@@ -40,7 +40,7 @@ class Constants:
         return self._copies[key]
 
 
-def without_autocast(fn: Callable) -> Callable:
+def shielded(fn: Callable) -> Callable:
     """fn(x) free of autocast, under which matrix products would be of half precision."""
 
     @functools.wraps(fn)
@@ -75,7 +75,7 @@ class SVD:
     def __post_init__(self):
         object.__setattr__(self, "_constants", Constants(s=self.values))
         for name in ("V", "Vt", "U", "Ut"):
-            object.__setattr__(self, name, without_autocast(getattr(self, name)))
+            object.__setattr__(self, name, shielded(getattr(self, name)))
 
     def like(self, x: Tensor) -> Tensor:
         """The singular values on x's device, in its dtype."""
@@ -206,7 +206,7 @@ class Operator:
 
     def _batched(self, fn: Callable, x: Tensor, shape: tuple[int, ...], name: str) -> Tensor:
         self._check(x, shape, name)
-        lead, fn = x.shape[: x.ndim - len(shape)], without_autocast(fn)
+        lead, fn = x.shape[: x.ndim - len(shape)], shielded(fn)
         # Transforms and sparse matrices know no half precision.
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         if 0 in lead:  # reshape(0, -1) says nothing of the rest

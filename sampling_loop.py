@@ -35,13 +35,18 @@ def check_kind(maker, kind: str) -> None:
 
 
 def check_common(inverse_scaler, dtype=None, **functions) -> None:
-    """Refuse what no sampler can call, and a dtype that none integrates in.
+    """Refuse what no sampler can call, TypeError, and what `check_dtype` does."""
+    arguments.function(inverse_scaler=inverse_scaler)
+    arguments.optional(arguments.function, **functions)
+    check_dtype(dtype)
+
+
+def check_dtype(dtype: torch.dtype | None) -> None:
+    """Refuse a dtype that no sampler integrates in.
 
     Raises: TypeError; ValueError for half precision, in which short steps round to nothing: on VE
       a standard deviation of 0.24 for 0.30.
     """
-    arguments.function(inverse_scaler=inverse_scaler)
-    arguments.optional(arguments.function, **functions)
     arguments.optional(arguments.floating, dtype=dtype)
     if dtype not in (None, torch.float32, torch.float64):
         raise ValueError(
